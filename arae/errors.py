@@ -1,0 +1,19 @@
+"""The two ways a command ends early on purpose; each knows its exit code."""
+
+
+class AraeError(Exception):
+    """An end with one clear line: what, where, how to mend. `exit_code` is what the command returns."""
+
+    exit_code = 1
+
+
+class InputError(AraeError):
+    """Bad input: a recipe, a file, an image, a flag."""
+
+    exit_code = 2
+
+
+class Stopped(AraeError):  # noqa: N818 -- it is a state, not a fault
+    """Stopped with a good state on disk: the same command goes on from it."""
+
+    exit_code = 75

@@ -1,0 +1,96 @@
+"""The run folder: one place that knows its files."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from arae.config import Recipe, dump_recipe
+from arae.errors import InputError
+
+
+def runs_root() -> Path:
+    """Where run folders lie: `ARAE_RUNS` if set, else `runs` in the working directory."""
+    return Path(os.environ.get("ARAE_RUNS", "runs")).absolute()
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run; `<runs>/<recipe name>`."""
+
+    path: Path
+
+    @classmethod
+    def of(cls, recipe: Recipe, root: Path | None = None) -> RunFolder:
+        """The folder of a recipe's run."""
+        return cls((root or runs_root()) / recipe.name)
+
+    @property
+    def recipe(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def state(self) -> Path:
+        """Newest states and their manifest."""
+        return self.path / "state"
+
+    @property
+    def model(self) -> Path:
+        """Exported weights and config."""
+        return self.path / "model"
+
+    @property
+    def images(self) -> Path:
+        """Pictures made on the way."""
+        return self.path / "images"
+
+    @property
+    def records(self) -> Path:
+        """One record a line."""
+        return self.path / "records.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """One JSON object a step interval."""
+        return self.path / "log.jsonl"
+
+    @property
+    def text(self) -> Path:
+        """The same for people."""
+        return self.path / "log.txt"
+
+    @property
+    def stop(self) -> Path:
+        """Its presence asks the workers to save and stop."""
+        return self.path / "stop"
+
+    def create(self, recipe: Recipe) -> None:
+        """Make the folder and write the resolved recipe, all or nothing."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        write_text(self.recipe, dump_recipe(recipe))
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder against a second command; InputError where another holds it."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise InputError(f"{self.path}: another command is at work on this run; wait for it or stop it") from None
+            yield
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a small file, all or nothing."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)

@@ -1,7 +1,8 @@
 """The recipe: one typed, frozen, hashable document that says what to compute.
 
-A recipe describes one trip from images to records: data, encoder, decoder, evaluation. *Where* to run it (workers, device,
-address, run folder) is not part of it. YAML files and bare dotted overrides (`encoder.attack.eps=1.5`) share one grammar.
+A recipe describes one trip from images to records: data, encoder, decoder, evaluation. *Where* to run it (workers,
+device, address, run folder) is not part of it. YAML files and bare dotted overrides (`encoder.attack.eps=1.5`) share
+one grammar.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ Fraction01 = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 
 
-def check_radius(norm: Norm | None, eps: float, what: str = "eps") -> None:
+def check_radius(norm: Norm | None, eps: float, what: str = "eps", at: str = "") -> None:
     """Raise ValueError for a radius without a norm, or an l-inf radius wider than the whole range [0, 1]."""
     if eps > 0 and norm is None:
-        raise ValueError(f"{what} = {eps:g} has no norm: add `norm: l2` or `norm: linf` beside it")
+        raise ValueError(
+            f"{what} = {eps:g} has no norm: add `norm: l2` or `norm: linf` {f'to {at}' if at else 'beside it'}"
+        )
     if norm == "linf" and eps > 1:
         raise ValueError(
             f"{what} = {eps:g} in l-inf is wider than images in [0, 1]; for 8-bit levels write it as {eps:g}/255"
@@ -64,7 +67,7 @@ def check_radius(norm: Norm | None, eps: float, what: str = "eps") -> None:
 class Part(BaseModel):
     """Base of every part: frozen, unknown keys forbidden."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Attack(Part):
@@ -95,7 +98,7 @@ class Data(Part):
     name: str = "images"
     """A set of the catalogue (`arae ls data`), or `images` for a folder of one's own."""
     source: str | None = None
-    """Where the images lie: an image folder, or the folder with the files of the set; default: the catalogue's place."""
+    """Where the images lie: an image folder, or the folder with the set's files; default: the catalogue's place."""
     train: str | None = None
     """Training images: a `.beton` (or `.npz`) file made by `arae encode`."""
     test: str | None = None
@@ -109,7 +112,7 @@ class Data(Part):
     limit: Count | None = None
     """Use at most this many training images, evenly over the file."""
     augment: tuple[Literal["flip", "shift", "crop"], ...] = ()
-    """`flip`: mirror, p = 1/2. `shift`: by up to `pad` pixels, edges repeated. `crop`: random resized crop in the decoder."""
+    """`flip`: mirror, p = 1/2. `shift`: by up to `pad` pixels, edges repeated. `crop`: random resized crop."""
     pad: Annotated[int, Field(ge=0)] = 4
     """Reach of `shift` in pixels."""
 
@@ -276,14 +279,16 @@ class Recipe(Part):
     map: Map | None = None
 
     @model_validator(mode="after")
-    def _ball_fits_the_image(self) -> Self:
-        if self.data.size and self.data.channels:
-            diameter = math.sqrt(self.data.channels) * self.data.size
-            attacks = {"encoder.attack.eps": self.encoder.attack} | {
-                f"evaluate.attacks.{i}.eps": a for i, a in enumerate(self.evaluate.attacks)
-            }
-            for place, attack in attacks.items():
-                if attack.norm == "l2" and attack.eps > diameter:
+    def _balls_fit_the_images(self) -> Self:
+        train, radii = self.encoder.attack, self.map.radii if self.map else ()
+        attacks = [("encoder.attack.eps", train)]
+        attacks += [(f"evaluate.attacks.{i}.eps", attack) for i, attack in enumerate(self.evaluate.attacks)]
+        attacks += [(f"map.radii.{i}", train.model_copy(update={"eps": eps})) for i, eps in enumerate(radii)]
+        for place, attack in attacks:
+            check_radius(attack.norm, attack.eps, place, at="encoder.attack")
+            if self.data.size and self.data.channels and attack.norm == "l2":
+                diameter = math.sqrt(self.data.channels) * self.data.size
+                if attack.eps > diameter:
                     raise ValueError(
                         f"{place} = {attack.eps:g} in l2 is longer than the diagonal of the images ({diameter:.3g}); "
                         f"radii are for images in [0, 1], so divide 8-bit radii by 255"
@@ -332,6 +337,10 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     path = _recipe_path(str(name_or_path))
     document = _document(path)
     pairs = [_parse_override(text) for text in overrides]
+    if any(key == "base" for key, _ in pairs):
+        raise InputError(
+            "override base=…: a base belongs in a recipe's file; to start from another recipe, name that one"
+        )
     if pairs and document.get("base") is None:
         document["base"] = str(name_or_path)
     for key, value in pairs:
@@ -351,7 +360,7 @@ def difference(recipe: Recipe) -> dict[str, Any]:
     except InputError:
         base = {}
     mine = flatten(recipe.model_dump(mode="json"))
-    return {k: v for k, v in mine.items() if k not in ("name", "base") and (not base or base.get(k, None) != v)}
+    return {k: v for k, v in mine.items() if k not in ("name", "base") and (not base or base.get(k) != v)}
 
 
 def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -369,22 +378,22 @@ def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
     """Every dotted key of the schema."""
     for name, field in model.model_fields.items():
         yield prefix + name
-        for part in _models_in(field.annotation):
+        for part in models_in(field.annotation):
             yield from keys(part, f"{prefix}{name}.")
 
 
-def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
-        yield from _models_in(argument)
+        yield from models_in(argument)
 
 
-def _recipe_path(name: str) -> Path:
+def _recipe_path(name: str, beside: Path = Path()) -> Path:
     shipped = shipped_recipes()
     if name in shipped:
         return shipped[name]
-    path = Path(name)
+    path = beside / name
     if path.is_dir() and (path / "recipe.yaml").is_file():
         return path / "recipe.yaml"
     if path.is_file():
@@ -395,8 +404,8 @@ def _recipe_path(name: str) -> Path:
 
 
 def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path in seen:
-        raise InputError(f"{path}: its base leads back to itself ({' -> '.join(map(str, seen))})")
+    if path.resolve() in seen:
+        raise InputError(f"{path}: its base leads back to itself ({' -> '.join(each.name for each in seen)})")
     try:
         document = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
@@ -406,9 +415,11 @@ def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {type(document).__name__}")
     base = document.get("base")
-    if base is None or "encoder" in document and "data" in document and path.name == "recipe.yaml":
+    if base is None or (path.name == "recipe.yaml" and "encoder" in document and "data" in document):
         return document  # a run folder's recipe is whole already; its base only names where it came from
-    return _merged(_document(_recipe_path(str(base)), (*seen, path)), document)
+    parent = _recipe_path(str(base), beside=path.parent)
+    found_by = str(base) if str(base) in shipped_recipes() else str(parent)
+    return _merged(_document(parent, (*seen, path.resolve())), document) | {"base": found_by}
 
 
 def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
@@ -435,10 +446,10 @@ def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
     for i, name in enumerate(parents):
         if isinstance(node, list):
             node = _item(node, name, dotted)
-            continue
-        if node.get(name) is None:
-            node[name] = {}
-        node = node[name]
+        else:
+            if node.get(name) is None:
+                node[name] = {}
+            node = node[name]
         if not isinstance(node, dict | list):
             raise InputError(f"override {dotted}={value}: {'.'.join(parents[: i + 1])} is a value, not a group of keys")
     if isinstance(node, list):
@@ -461,15 +472,28 @@ def _validated(document: dict[str, Any], where: str) -> Recipe:
         raise InputError(f"{where}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
 
 
+def _nearest_key(place: str) -> str | None:
+    parts = place.split(".")
+    near = difflib.get_close_matches(".".join(p for p in parts if not p.isdigit()), list(keys()), n=1, cutoff=0.5)
+    if not near:
+        return None
+    key = near[0].split(".")
+    for i, part in enumerate(parts):
+        if part.isdigit() and key[:i] == parts[:i]:  # the schema's keys have no item numbers: put them back
+            key.insert(i, part)
+    return ".".join(key)
+
+
 def _explain(error: dict[str, Any]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        plain = ".".join(part for part in place.split(".") if not part.isdigit())
-        near = difflib.get_close_matches(plain, list(keys()), n=1, cutoff=0.5)
-        return f"unknown key {place}" + (f"; did you mean {near[0]}?" if near else "; `arae show` lists the keys")
+        near = _nearest_key(place)
+        return f"unknown key {place}" + (f"; did you mean {near}?" if near else "; `arae show` lists the keys")
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")
     value = error.get("input")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and repr(value) not in message else ""
+    shown = (
+        f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and repr(value) not in message else ""
+    )
     return f"{place}: {message}{shown}" if place else message

@@ -17,3 +17,7 @@ class Stopped(AraeError):  # noqa: N818 -- it is a state, not a fault
     """Stopped with a good state on disk: the same command goes on from it."""
 
     exit_code = 75
+
+
+class DiskFull(Stopped):
+    """One worker's disk is full and a good state is kept; the other workers do not know."""

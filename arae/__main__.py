@@ -1,0 +1,3 @@
+from arae.cli import main
+
+main()

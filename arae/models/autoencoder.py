@@ -1,0 +1,144 @@
+"""Encoder and decoder as one: images to features and back; and the model folder they are kept in.
+
+A model folder holds `config.json`, `encoder.safetensors` and, once there is one, `decoder.safetensors`. The config names each
+file's sha256 and the training that earned it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor, nn
+
+from arae.errors import InputError
+from arae.models import Encoder, create_decoder, create_encoder
+from arae.runs import write_text
+
+
+class Autoencoder:
+    """A frozen encoder and the decoder that inverts it. Calls keep no gradients and change no mode."""
+
+    def __init__(self, encoder: Encoder, decoder: nn.Module | None, config: Mapping[str, Any]) -> None:
+        """`config`: the model folder's; see `save_part`."""
+        self.encoder = encoder.eval().requires_grad_(False)
+        self.decoder = decoder.eval().requires_grad_(False) if decoder is not None else None
+        self.config = dict(config)
+        self.layer: str = config["encoder"]["layer"]
+        self.image_shape: tuple[int, int, int] = tuple(config["image_shape"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are."""
+        return next(self.encoder.parameters()).device
+
+    def to(self, device: torch.device) -> Autoencoder:
+        """Move the networks; returns itself."""
+        self.encoder.to(device)
+        if self.decoder is not None:
+            self.decoder.to(device)
+        return self
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """Features [N, ...] at the tap, of images x: [N, C, H, W] float in [0, 1]."""
+        channels = self.image_shape[0]
+        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
+            raise ValueError(f"images must be float [N, {channels}, H, W] in [0, 1], not {x.dtype} {list(x.shape)}")
+        return self.encoder.features(x, self.layer)
+
+    @torch.no_grad()
+    def decode(self, z: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] from features."""
+        if self.decoder is None:
+            raise InputError("this model has no decoder yet: train one with a recipe that has a `decoder`")
+        return self.decoder(z)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        """`decode(encode(x))`."""
+        return self.decode(self.encode(x))
+
+
+def save_part(
+    folder: Path, part: str, weights: Mapping[str, Tensor], entry: Mapping[str, Any], common: Mapping[str, Any]
+) -> None:
+    """Write `<part>.safetensors` and its entry in `config.json`, the weights first: a config never names what is not there.
+
+    An entry holds `name`, `digest`, `steps`, `training` and, for the encoder, `layer` and `num_classes`; `common` holds `image_shape`,
+    `classes`, `train_norm` and `train_eps`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save_tensors(dict(weights))
+    temporary = folder / f"{part}.safetensors.tmp"
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(folder / f"{part}.safetensors")
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    config = read_config(folder) or {}
+    if part == "encoder":
+        config.pop("decoder", None)  # it inverted another encoder
+    config |= {"format": 1, **common, part: {**entry, "sha256": hashlib.sha256(data).hexdigest()}}
+    write_text(folder / "config.json", json.dumps(config, indent=1))
+
+
+def read_config(folder: Path) -> dict[str, Any] | None:
+    """The model folder's config; None where there is none."""
+    try:
+        return json.loads((folder / "config.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        raise InputError(f"{folder / 'config.json'}: not JSON; delete the folder to train anew") from None
+
+
+def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; InputError where it is missing, damaged, or not the one its config names."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path}: no weights ({error.strerror})") from None
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+        raise InputError(
+            f"{path}: sha256 differs from config.json's: the file was changed or damaged; train or export it again"
+        )
+    try:
+        return load_tensors(data)
+    except SafetensorError as error:
+        raise InputError(f"{path}: not a safetensors file ({error})") from None
+
+
+def load_encoder(folder: Path, config: Mapping[str, Any]) -> Encoder:
+    """The encoder of a model folder, on the CPU."""
+    entry = config["encoder"]
+    channels, size, _ = config["image_shape"]
+    encoder = create_encoder(entry["name"], num_classes=entry["num_classes"], in_channels=channels, image_size=size)
+    encoder.load_state_dict(load_weights(folder / "encoder.safetensors", entry["sha256"]))
+    return encoder
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """The autoencoder of a run folder or a model folder, on the CPU, in eval mode.
+
+    Raises InputError where there is no model, or its files are damaged.
+    """
+    folder = Path(path)
+    folder = folder / "model" if (folder / "model").is_dir() else folder
+    config = read_config(folder)
+    if config is None or "encoder" not in config:
+        raise InputError(f"{folder}: no model (config.json is missing); `arae train` makes one")
+    encoder, decoder = load_encoder(folder, config), None
+    if "decoder" in config:
+        image_shape = tuple(config["image_shape"])
+        feature_shape = encoder.feature_shape(image_shape, config["encoder"]["layer"])
+        decoder = create_decoder(config["decoder"]["name"], feature_shape=feature_shape, image_shape=image_shape)
+        decoder.load_state_dict(load_weights(folder / "decoder.safetensors", config["decoder"]["sha256"]))
+    return Autoencoder(encoder, decoder, config)

@@ -1,0 +1,61 @@
+"""What surrounds a run's work: the lock on its folder, progress for people, the mirror to MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from arae.config import Recipe
+from arae.evaluate import evaluate
+from arae.launch import Where, launch, refuse_another
+from arae.progress import Progress
+from arae.records import Record
+from arae.runs import RunFolder, runs_root
+from arae.tracking import Tracker
+from arae.train.log import Event
+
+
+@dataclass
+class Session:
+    """One run at work."""
+
+    recipe: Recipe
+    folder: RunFolder
+    progress: Progress
+    tracker: Tracker
+
+    def listen(self, event: Event) -> None:
+        """Hand an event of the training to everybody."""
+        self.progress(event)
+        self.tracker(event)
+
+    def train(self, where: Where) -> None:
+        """Train what is not trained yet."""
+        launch(self.recipe, self.folder, where, self.listen)
+
+    def evaluate(self, device: torch.device) -> list[Record]:
+        """Measure, and mirror the records."""
+        records = evaluate(self.recipe, self.folder, device, self.progress.task)
+        self.tracker.log_records(records)
+        self.tracker.log_artifact(self.folder.records)
+        return records
+
+
+@contextmanager
+def session(recipe: Recipe, parent: RunFolder | None = None) -> Iterator[Session]:
+    """Hold the recipe's run folder: resolved recipe written, progress shown, MLflow fed; all closed in the end.
+
+    Raises InputError where the folder holds another recipe's training, or another command is at work on it.
+    """
+    root = runs_root()
+    folder = RunFolder.of(recipe, root)
+    with folder.lock():
+        refuse_another(recipe, folder)
+        folder.create(recipe)
+        with Progress(folder) as progress, Tracker(folder, recipe, root, parent=parent) as tracker:
+            yield Session(recipe, folder, progress, tracker)
+
+

@@ -1,0 +1,190 @@
+"""One step of decoder training: pixel, feature and adversarial losses over a frozen encoder (Eqs. 3 to 7 of the paper).
+
+The discriminator steps first, then the generator, once each a batch, as in the authors' code. The features are encoded once and
+the reconstruction is made once where a worker has a single micro-batch; with several, the generator's graph is made anew in its
+own half of the step, for the discriminator must have seen the whole global batch before the generator moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from arae.config import Recipe
+from arae.models.encoder import Encoder
+from arae.seeds import mix
+from arae.train import losses
+from arae.train.engine import Engine, StepBuffers
+from arae.train.micro import Average, Micro
+from arae.train.schedule import factor, set_rate
+
+
+class DecoderTrainer:
+    """Generator, discriminator (where there is an adversarial loss), their optimisers; the encoder stays as it is."""
+
+    name = "decoder"
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        encoder: Encoder,
+        generator: nn.Module,
+        discriminator: nn.Module | None,
+        engine: Engine,
+        total: int,
+    ) -> None:
+        """`total`: optimiser steps of the stage; `discriminator` is required by an adversarial loss, unused otherwise."""
+        assert recipe.decoder is not None
+        self.recipe, self.part, self.engine, self.total = recipe, recipe.decoder, engine, total
+        # Frozen and in eval mode for good: batch norm of a "frozen" encoder in train mode would still drift.
+        self.encoder = engine.place(encoder).eval().requires_grad_(False)
+        self.generator = engine.place(generator)
+        self.wrapped = engine.wrap(self.generator)
+        betas, decay = (float(self.part.betas[0]), float(self.part.betas[1])), self.part.weight_decay
+        self.optimizer = torch.optim.Adam(self.generator.parameters(), self.part.lr, betas, weight_decay=decay)
+        self.scaler, self.buffers = engine.scaler(), StepBuffers(self.generator)
+        self.average = Average(self.generator, self.part.ema)
+        self.discriminator: nn.Module | None = None
+        if self.part.losses.adversarial:
+            assert discriminator is not None, "an adversarial loss needs a discriminator"
+            self.discriminator = engine.place(discriminator)
+            self.d_wrapped = engine.wrap(self.discriminator)
+            rate = self.part.discriminator_lr
+            self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, betas, weight_decay=decay)
+            self.d_scaler, self.d_buffers = engine.scaler(), StepBuffers(self.discriminator)
+
+    def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
+        """One discriminator and one generator step on a global batch; returns the mean of each loss over the micro-batches."""
+        self.generator.train()
+        scale = factor(self.part.schedule, step, self.total)
+        self.buffers.begin()
+        features = [self._encode(micro.images) for micro in micros]
+        once = self._reconstruct(features[0]) if len(micros) == 1 else None
+        seen: dict[str, Tensor] = {}
+        if self.discriminator is not None:
+            set_rate(self.d_optimizer, self.part.discriminator_lr * scale)
+            seen |= self._discriminator_step(step, micros, features, once)
+        set_rate(self.optimizer, self.part.lr * scale)
+        seen |= self._generator_step(step, micros, features, once)
+        self.buffers.end(self.engine)
+        self.average.update()
+        return seen
+
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return self.encoder.features(images, self.part_layer).float()
+
+    def _reconstruct(self, features: Tensor) -> Tensor:
+        with self.engine.autocast():
+            return self.wrapped(features).float()
+
+    @property
+    def part_layer(self) -> str | None:
+        """The recipe's tap."""
+        return self.recipe.encoder.layer
+
+    def _discriminator_step(
+        self, step: int, micros: Sequence[Micro], features: Sequence[Tensor], once: Tensor | None
+    ) -> dict[str, Tensor]:
+        assert self.discriminator is not None
+        self.discriminator.train().requires_grad_(True)
+        self.d_optimizer.zero_grad(set_to_none=True)
+        self.d_buffers.begin()
+        seen = []
+        for micro, z in zip(micros, features, strict=True):
+            fake = once.detach() if once is not None else self._fake(z)
+            torch.manual_seed(mix(self.recipe.seed, "discriminator", step, micro.index))  # dropout
+            with self.engine.accumulating(self.d_wrapped, last=micro is micros[-1]):
+                with self.engine.autocast():
+                    real_logits, fake_logits = self.d_wrapped(torch.cat([micro.images, fake]), z).chunk(2)
+                loss = losses.discriminator(real_logits, fake_logits)
+                self.d_scaler.scale(self.part.losses.discriminator * loss / len(micros)).backward()
+            self.d_buffers.keep()
+            seen.append(loss.detach())
+        self.d_scaler.step(self.d_optimizer)
+        self.d_scaler.update()
+        self.d_buffers.end(self.engine)
+        return {"discriminator_loss": torch.stack(seen).mean()}
+
+    @torch.no_grad()
+    def _fake(self, features: Tensor) -> Tensor:
+        with self.engine.autocast():
+            fake = self.generator(features).float()
+        self.buffers.drop()  # the generator's own half of the step counts, this pass does not
+        return fake
+
+    def _generator_step(
+        self, step: int, micros: Sequence[Micro], features: Sequence[Tensor], once: Tensor | None
+    ) -> dict[str, Tensor]:
+        if self.discriminator is not None:
+            # Its weight gradients are not wanted here, and the group must not wait for them.
+            self.discriminator.requires_grad_(False)
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.discriminator is not None:
+            self.d_buffers.begin()
+        seen = []
+        for micro, z in zip(micros, features, strict=True):
+            with self.engine.accumulating(self.wrapped, last=micro is micros[-1]):
+                fake = once if once is not None else self._reconstruct(z)
+                torch.manual_seed(mix(self.recipe.seed, "generator", step, micro.index))  # dropout
+                terms = self._terms(micro.images, z, fake)
+                self.scaler.scale(terms["loss"] / len(micros)).backward()
+            self.buffers.keep()
+            if self.discriminator is not None:
+                self.d_buffers.keep()
+            seen.append({key: value.detach() for key, value in terms.items()})
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.discriminator is not None:
+            self.d_buffers.end(self.engine)
+        return {key: torch.stack([one[key] for one in seen]).mean() for key in seen[0]}
+
+    def _terms(self, images: Tensor, features: Tensor, fake: Tensor) -> dict[str, Tensor]:
+        """Eq. 3: the weighted sum as `loss`, and each term by its name."""
+        weights = self.part.losses
+        terms: dict[str, Tensor] = {"pixel": losses.pixel(fake, images, weights.pixel_norm)}
+        total = weights.pixel * terms["pixel"]
+        if weights.feature:
+            with self.engine.autocast():
+                again = self.encoder.features(fake, self.part_layer).float()
+            terms["feature"] = losses.feature(again, features)
+            total = total + weights.feature * terms["feature"]
+        if self.discriminator is not None:
+            with self.engine.autocast():
+                logits = self.discriminator(fake, features)
+            terms["adversarial"] = losses.adversarial(logits)
+            total = total + weights.adversarial * terms["adversarial"]
+        return {"loss": total, **terms}
+
+    def state(self) -> dict[str, Any]:
+        """Everything the next step depends on, the encoder aside; random numbers depend on (seed, step, micro-batch) alone."""
+        state: dict[str, Any] = {
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "average": self.average.state(),
+        }
+        if self.discriminator is not None:
+            state["discriminator"] = self.discriminator.state_dict()
+            state["d_optimizer"] = self.d_optimizer.state_dict()
+            state["d_scaler"] = self.d_scaler.state_dict()
+        return state
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Set all of `state()` back."""
+        self.generator.load_state_dict(state["generator"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        self.average.restore(state["average"])
+        if self.discriminator is not None:
+            self.discriminator.load_state_dict(state["discriminator"])
+            self.d_optimizer.load_state_dict(state["d_optimizer"])
+            self.d_scaler.load_state_dict(state["d_scaler"])
+
+    def exported(self) -> dict[str, Tensor]:
+        """The generator's weights to keep: the moving average where there is one."""
+        return self.average.weights()

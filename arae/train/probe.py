@@ -1,0 +1,57 @@
+"""A quick look at held-out images while training: numbers for the log and a picture, not records."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from arae.attacks.gradient import perturb
+from arae.config import Attack, Recipe
+from arae.data.augment import to_float
+from arae.data.load import open_source
+from arae.metrics import psnr
+from arae.models.encoder import Encoder
+from arae.modes import evaluating
+from arae.pictures import grid, save_png
+from arae.runs import RunFolder
+from arae.train.engine import Engine
+from arae.train.log import Log
+
+SIZE = 256
+PICTURES = 8
+
+
+class Probe:
+    """A fixed handful of held-out images, read once."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, engine: Engine, log: Log) -> None:
+        source = open_source(recipe.data, "test", engine.device)
+        where = np.linspace(0, source.n - 1, min(SIZE, source.n)).round().astype(np.int64)
+        self.images = to_float(next(iter(source.batches(where[None])))).to(engine.device)
+        self.labels = source.labels[torch.from_numpy(where)].to(engine.device)
+        self.recipe, self.folder, self.engine, self.log = recipe, folder, engine, log
+
+    def classify(self, model: Encoder) -> dict[str, float]:
+        """Accuracy on the clean images and, where training attacks, on attacked ones."""
+        attack = self.recipe.encoder.attack
+        found = {"clean_accuracy": self._accuracy(model, self.images)}
+        if attack.eps:
+            against = Attack(norm=attack.norm, eps=attack.eps, steps=10)
+            with self.engine.autocast():
+                found["robust_accuracy"] = self._accuracy(model, perturb(model, self.images, self.labels, against))
+        return found
+
+    def _accuracy(self, model: Encoder, images: Tensor) -> float:
+        with evaluating(model), torch.no_grad(), self.engine.autocast():
+            return (model(images).argmax(1) == self.labels).float().mean().item()
+
+    def reconstruct(self, encoder: Encoder, generator: nn.Module, step: int) -> dict[str, float]:
+        """PSNR of the reconstructions; leaves a picture of a few beside their originals."""
+        with evaluating(generator), torch.no_grad(), self.engine.autocast():
+            again = generator(encoder.features(self.images, self.recipe.encoder.layer)).float()
+        name = f"decoder-{step:06d}.png"
+        self.folder.images.mkdir(exist_ok=True)
+        save_png(grid([self.images[:PICTURES], again[:PICTURES]]), self.folder.images / name)
+        self.log.emit("picture", stage="decoder", step=step, path=f"images/{name}")
+        return {"psnr": psnr(again, self.images).mean().item()}

@@ -1,0 +1,182 @@
+"""One worker's whole training of a recipe: encoder, then decoder. The same code in one process and under Ray."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from arae.config import Recipe, Stage
+from arae.data.load import Source, open_source
+from arae.errors import DiskFull, InputError
+from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
+from arae.models.autoencoder import load_encoder, read_config, save_part
+from arae.runs import RunFolder
+from arae.seeds import mix
+from arae.train.decoder import DecoderTrainer
+from arae.train.encoder import EncoderTrainer
+from arae.train.engine import Engine
+from arae.train.log import Listener, Log
+from arae.train.loop import Fit, Trainer, fit
+from arae.train.probe import Probe
+from arae.train.state import drop_states, list_states
+
+
+def train(
+    recipe: Recipe,
+    folder: RunFolder,
+    device: torch.device,
+    listener: Listener | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> None:
+    """Train what of the recipe is not trained yet, into the run folder.
+
+    Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept and the same call
+    goes on, AraeError where training fails.
+    """
+    with full_disk(folder):
+        source = open_source(recipe.data, "train", device)
+        if len(source.classes) < 2:
+            raise InputError(f"data.train: {len(source.classes)} class; an encoder needs two or more (one folder a class)")
+        engine = Engine(device, recipe.precision)
+        log = Log(folder, listener, active=engine.rank == 0)
+        worker = Worker(recipe, folder, source, engine, log, stop)
+        encoder = worker.encoder()
+        if recipe.decoder is not None:
+            worker.decoder(encoder)
+        if engine.rank == 0:
+            drop_states(folder.state)
+
+
+@contextmanager
+def full_disk(folder: RunFolder) -> Iterator[None]:
+    """A disk that fills up is an end with one line, and with what is safe said."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        states = list_states(folder.state)
+        if states or (folder.model / "config.json").is_file():
+            kept = f"the {states[-1].stage}'s state of step {states[-1].step}" if states else "the finished encoder"
+            raise DiskFull(
+                f"{folder.path}: the disk is full; {kept} is kept: make room and run the same command again"
+            ) from None
+        raise InputError(f"{folder.path}: the disk is full; make room, or set ARAE_RUNS to a folder on another disk") from None
+
+
+class Worker:
+    """What the stages of one run share."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, source: Source, engine: Engine, log: Log, stop: Callable[[], bool]
+    ) -> None:
+        self.recipe, self.folder, self.source, self.engine, self.log, self.stop = recipe, folder, source, engine, log, stop
+        self.probe = Probe(recipe, folder, engine, log) if log.active else None
+
+    def encoder(self) -> Encoder:
+        """The trained encoder: from the run folder where it is finished, else trained now."""
+        part, shape = self.recipe.encoder, self.source.shape
+        if self._finished("encoder"):
+            config = read_config(self.folder.model)
+            assert config is not None
+            return load_encoder(self.folder.model, config)
+        torch.manual_seed(mix(self.recipe.seed, "initial encoder"))
+        given = _weights_file(part.weights) if part.weights else None
+        model = create_encoder(part.name, len(self.source.classes), shape[0], shape[1], pretrained=given)
+        model.feature_shape(shape, part.layer)  # an unknown layer is refused before hours of training
+        total = part.total_steps(self.source.n)
+        trainer = EncoderTrainer(self.recipe, model, self.engine, total)
+
+        def validate(step: int) -> dict[str, float]:
+            assert self.probe is not None
+            return self.probe.classify(trainer.model)
+
+        entry = {"name": part.name, "layer": part.layer or model.layer, "num_classes": len(self.source.classes)}
+        self._run(trainer, part, total, validate, entry)
+        model.load_state_dict(trainer.exported())
+        return model
+
+    def decoder(self, encoder: Encoder) -> None:
+        """Train the decoder, unless the run folder has it."""
+        part, shape = self.recipe.decoder, self.source.shape
+        assert part is not None
+        if self._finished("decoder"):
+            return
+        feature_shape = encoder.feature_shape(shape, self.recipe.encoder.layer)
+        torch.manual_seed(mix(self.recipe.seed, "initial decoder"))
+        generator = create_decoder(part.name, feature_shape=feature_shape, image_shape=shape)
+        discriminator: nn.Module | None = None
+        if part.losses.adversarial:
+            torch.manual_seed(mix(self.recipe.seed, "initial discriminator"))
+            discriminator = create_discriminator(part.name, feature_shape=feature_shape, image_shape=shape)
+        total = part.total_steps(self.source.n)
+        trainer = DecoderTrainer(self.recipe, encoder, generator, discriminator, self.engine, total)
+
+        def validate(step: int) -> dict[str, float]:
+            assert self.probe is not None
+            return self.probe.reconstruct(trainer.encoder, trainer.generator, step)
+
+        self._run(trainer, part, total, validate, {"name": part.name})
+
+    def _run(
+        self,
+        trainer: Trainer,
+        part: Stage,
+        total: int,
+        validate: Callable[[int], dict[str, float]],
+        entry: dict[str, Any],
+    ) -> None:
+        stage = trainer.name
+        self.log.emit("stage", stage=stage, state="started", steps=total)
+        run = Fit(self.recipe, part, self.folder, self.source, self.engine, self.log, total, validate, self.stop)
+        seconds = fit(trainer, run)
+        if self.log.active:
+            attack = self.recipe.encoder.attack
+            common = {
+                "image_shape": list(self.source.shape),
+                "classes": list(self.source.classes),
+                "train_norm": attack.norm if attack.eps else None,
+                "train_eps": attack.eps,
+            }
+            training = hardware(self.engine) | {"seconds": round(seconds, 3)}
+            entry |= {"digest": self._digest(stage), "steps": total, "training": training}
+            save_part(self.folder.model, stage, trainer.exported(), entry, common)
+        self.log.emit("stage", stage=stage, state="finished", seconds=seconds)
+        self.engine.barrier()
+
+    def _finished(self, stage: str) -> bool:
+        config = read_config(self.folder.model) or {}
+        if stage not in config:
+            return False
+        if config[stage]["digest"] != self._digest(stage):
+            raise InputError(
+                f"{self.folder.path}: its {stage} was trained by another recipe (data, seed, encoder"
+                f"{' or decoder' if stage == 'decoder' else ''} differ); give this run another name=… or delete the folder"
+            )
+        self.log.emit("stage", stage=stage, state="skipped")
+        return True
+
+    def _digest(self, stage: str) -> str:
+        return self.recipe.stage_digest("encoder" if stage == "encoder" else "decoder")
+
+
+def _weights_file(where: str) -> Path:
+    path = Path(where)
+    return RunFolder(path).model / "encoder.safetensors" if path.is_dir() else path
+
+
+def hardware(engine: Engine) -> dict[str, Any]:
+    """What a stage ran on, for its records."""
+    gpu = engine.device.type == "cuda"
+    return {
+        "world_size": engine.size,
+        "device": torch.cuda.get_device_name(engine.device) if gpu else "cpu",
+        "precision": engine.precision,
+        "threads": torch.get_num_threads(),
+    }

@@ -1,0 +1,1 @@
+"""Drivers that run a recipe on a Ray cluster. They know Ray; the library does not."""

@@ -26,7 +26,9 @@ def check(recipe: Recipe) -> Iterator[str]:
         source = open_source(recipe.data, split, torch.device("cpu"))
         classes, shape = len(source.classes), source.shape
         yield f"data.{split}: {source.n} images {shape}, {classes} classes"
-    encoder = create_encoder(recipe.encoder.name, num_classes=max(classes, 2), in_channels=shape[0], image_size=shape[1])
+    encoder = create_encoder(
+        recipe.encoder.name, num_classes=max(classes, 2), in_channels=shape[0], image_size=shape[1]
+    )
     features = encoder.feature_shape(shape, recipe.encoder.layer)
     yield f"encoder: {recipe.encoder.name}, features {features} at {recipe.encoder.layer or encoder.layer}"
     if recipe.decoder is not None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arae.config import dump_recipe, keys, load_recipe
+from arae.config import dump_recipe, keys, load_options, load_recipe
 from arae.errors import AraeError, InputError
 from arae.runs import RunFolder, runs_root
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="arae",
-    help="Train and benchmark adversarially robust autoencoders. RECIPE is a shipped name, a YAML file or a run folder.",
+    help="Train and benchmark adversarially robust autoencoders. RECIPE: a shipped name, a YAML file or a run folder.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -47,7 +47,11 @@ def main() -> None:
 
 
 @app.command()
-def ls(what: Annotated[str, typer.Argument(help="recipes, data, encoders, decoders, discriminators, metrics or runs")] = "recipes") -> None:
+def ls(
+    what: Annotated[
+        str, typer.Argument(help="recipes, data, encoders, decoders, discriminators, metrics or runs")
+    ] = "recipes",
+) -> None:
     """List what there is by name."""
     from arae.listing import LISTS
 
@@ -105,16 +109,21 @@ def doctor() -> None:
 
 @app.command(name="encode")
 def encode_command(
-    source: Annotated[str, typer.Argument(help="An image folder, an .npz file, IMAGES,LABELS idx files, or a catalogue name.")],
+    source: Annotated[
+        str, typer.Argument(help="An image folder, an .npz file, IMAGES,LABELS idx files, or a catalogue name.")
+    ],
     dest: Annotated[Path, typer.Argument(help="The .beton file to write; its manifest lies beside it.")],
-    options: Annotated[list[str] | None, typer.Argument(metavar="[key=value]...", help="split=test mode=raw size=256 …")] = None,
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="split=test mode=raw size=256 …")
+    ] = None,
 ) -> None:
     """Write images as an FFCV .beton file, whole or not at all."""
-    from arae.data.encode import encode, parse_options
+    from arae.data.encode import EncodeOptions, encode
     from arae.progress import Progress
 
-    with Progress(None) as progress:
-        manifest = encode(source, dest, parse_options(options or []), progress.task)
+    chosen = load_options(EncodeOptions, options or (), where="arae encode")
+    with Progress() as progress:
+        manifest = encode(source, dest, chosen, progress.task)
     typer.echo(f"{dest}: {manifest.n} images of {len(manifest.classes)} classes, {manifest.bytes / 2**20:.1f} MiB")
     for name, reason in manifest.skipped:
         typer.echo(f"arae: left out {name}: {reason}", err=True)

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -68,6 +68,9 @@ class Part(BaseModel):
     """Base of every part: frozen, unknown keys forbidden."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+PartType = TypeVar("PartType", bound=Part)
 
 
 class Attack(Part):
@@ -348,6 +351,14 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
     return _validated(document, where=str(name_or_path))
 
 
+def load_options(model: type[PartType], overrides: Iterable[str], where: str) -> PartType:
+    """Any part of the schema from bare `key=value` overrides alone; InputError as for a recipe."""
+    document: dict[str, Any] = {}
+    for text in overrides:
+        _set(document, *_parse_override(text))
+    return _checked(model, document, where)
+
+
 def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML; `load_recipe` reads it back to an equal recipe."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
@@ -383,6 +394,7 @@ def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
 
 
 def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    """The parts of the schema inside a field's annotation."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation
     for argument in getattr(annotation, "__args__", ()):
@@ -466,15 +478,23 @@ def _item(items: list[Any], name: str, dotted: str) -> Any:
 
 
 def _validated(document: dict[str, Any], where: str) -> Recipe:
+    return _checked(Recipe, document, where)
+
+
+def _checked(model: type[PartType], document: dict[str, Any], where: str) -> PartType:
     try:
-        return Recipe.model_validate(document)
+        return model.model_validate(document)
     except ValidationError as error:
-        raise InputError(f"{where}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
+        raise InputError(f"{where}: {'; '.join(_explain(dict(e), model) for e in error.errors())}") from None
 
 
-def _nearest_key(place: str) -> str | None:
+def _listed(model: type[BaseModel]) -> str:
+    return "`arae show` lists them" if model is Recipe else ", ".join(keys(model))
+
+
+def _nearest_key(place: str, model: type[BaseModel]) -> str | None:
     parts = place.split(".")
-    near = difflib.get_close_matches(".".join(p for p in parts if not p.isdigit()), list(keys()), n=1, cutoff=0.5)
+    near = difflib.get_close_matches(".".join(p for p in parts if not p.isdigit()), list(keys(model)), n=1, cutoff=0.5)
     if not near:
         return None
     key = near[0].split(".")
@@ -484,11 +504,13 @@ def _nearest_key(place: str) -> str | None:
     return ".".join(key)
 
 
-def _explain(error: dict[str, Any]) -> str:
+def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
     place = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
-        near = _nearest_key(place)
-        return f"unknown key {place}" + (f"; did you mean {near}?" if near else "; `arae show` lists the keys")
+        near = _nearest_key(place, model)
+        return f"unknown key {place}" + (
+            f"; did you mean {near}?" if near else f"; the keys are those of {model.__name__}: {_listed(model)}"
+        )
     if error["type"] == "missing":
         return f"{place} is missing"
     message = error["msg"].removeprefix("Value error, ")

@@ -30,13 +30,14 @@ def demo(recipe: Recipe, where: Where) -> RunFolder:
     if recipe.map is None:
         raise InputError(f"{recipe.name}: the demo needs map.radii, such as map.radii=[0,0.75,1.5]")
     with session(recipe) as parent:
+        radii = recipe.map.radii
         recipe = recipe.replace(encoded(parent))
-        trips = [trip(recipe, eps) for eps in recipe.map.radii]
+        trips = [trip(recipe, eps) for eps in radii]
         records = [record for one in trips for record in run_trip(one, parent, where)]
         write_records(parent.folder.records, records)
         page = report(recipe, trips, records, parent.folder)
         parent.tracker.log_records(records)
-        for path in (parent.folder.records, page, page.with_name("map.png"), page.with_name("reconstructions.png")):
+        for path in (page, page.with_name("map.png"), page.with_name("reconstructions.png")):
             parent.tracker.log_artifact(path)
         return parent.folder
 
@@ -86,7 +87,7 @@ def trip(recipe: Recipe, eps: float) -> Recipe:
 
 def run_trip(recipe: Recipe, parent: Session, where: Where) -> list[Record]:
     """Train and measure one radius."""
-    with session(recipe, parent=parent.folder) as child:
+    with session(recipe, parent=parent.recipe.name) as child:
         child.train(where)
         return child.evaluate(where.torch_device())
 
@@ -119,7 +120,7 @@ def grid(recipe: Recipe, trips: list[Recipe]) -> Grid:
             attack = max(one.evaluate.attacks, key=lambda a: (a.eps, a.restarts == 1))
             generator = torch.Generator().manual_seed(one.seed)
             attacked = perturb(model.encoder, originals, y, attack, generator)
-            rows.append((f"the same, attacked at ε = {attack.eps:g}", model.reconstruct(attacked)))
+            rows.append((f"{label}, attacked at ε = {attack.eps:g}", model.reconstruct(attacked)))
     assert originals is not None
     return Grid(originals, rows)
 

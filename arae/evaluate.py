@@ -196,7 +196,7 @@ class Evaluation:
 class Quality:
     """Per-image reconstruction metrics, batch by batch; what can't be measured is kept with its reason."""
 
-    def __init__(self, net: str | None, weights: str | None) -> None:
+    def __init__(self, net: metrics.Backbone | None, weights: str | None) -> None:
         self.net, self.weights = net, weights
         self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         self.missing: dict[str, str] = {}
@@ -254,5 +254,3 @@ def loss_weights(recipe: Recipe) -> dict[str, float] | None:
         return None
     weights = recipe.decoder.losses
     return {"pixel": weights.pixel, "feature": weights.feature, "adversarial": weights.adversarial}
-
-

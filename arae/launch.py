@@ -38,7 +38,9 @@ class Where:
     def __post_init__(self) -> None:
         """InputError for fewer than one worker, or an address without workers."""
         if self.workers is not None and self.workers < 1:
-            raise InputError(f"--workers {self.workers}: at least 1 worker must train; leave it out to train in this process")
+            raise InputError(
+                f"--workers {self.workers}: at least 1 worker must train; leave it out to train in this process"
+            )
         if self.address is not None and self.workers is None:
             raise InputError(f"--address {self.address} needs --workers N: how many of the cluster's workers to use")
 
@@ -98,10 +100,13 @@ def refuse_another(recipe: Recipe, folder: RunFolder) -> None:
     for stage in stages:
         if stage in begun and old.stage_digest(stage) != recipe.stage_digest(stage):
             was, now = (flatten(r.model_dump(mode="json")) for r in (old, recipe))
-            changed = [k for k in now if now[k] != was.get(k) and k.split(".")[0] not in ("name", "base", "evaluate", "state")]
+            changed = [
+                k for k in now if now[k] != was.get(k) and k.split(".")[0] not in ("name", "base", "evaluate", "state")
+            ]
             shown = ", ".join(f"{k} = {was.get(k)!r} there, {now[k]!r} here" for k in changed[:4])
             raise InputError(
-                f"{folder.path} holds a run of another recipe ({shown}); give this run another name=… or delete the folder"
+                f"{folder.path} holds a run of another recipe ({shown}); "
+                "give this run another name=… or delete the folder"
             )
 
 
@@ -112,9 +117,9 @@ def checkout_module(name: str) -> ModuleType:
     """
     root = Path(__file__).resolve().parent.parent
     if not (root / name.split(".")[0]).is_dir():
-        raise InputError(f"this needs {name}, which is run from a checkout of arae and is not part of the installed package")
+        raise InputError(
+            f"this needs {name}, which is run from a checkout of arae and is not part of the installed package"
+        )
     if str(root) not in sys.path:
         sys.path.insert(0, str(root))
     return importlib.import_module(name)
-
-

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from pydantic import BaseModel
 
-from arae.config import Recipe, models_in, load_recipe, shipped_recipes
+from arae.config import Recipe, load_recipe, models_in, shipped_recipes
 from arae.data.catalog import DATASETS
 from arae.errors import InputError
 from arae.metrics import METRICS

@@ -61,7 +61,7 @@ def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
 
 
 def reconstruct_files(model: Autoencoder, paths: Sequence[Path], out: Path) -> Iterator[tuple[Path, float]]:
-    """Write `<out>/<name>.png` for each image file, original and reconstruction side by side; yields its path and PSNR in dB.
+    """Write `<out>/<name>.png`, original and reconstruction side by side, for each image; yields path and PSNR (dB).
 
     Raises InputError for the first file that is no image, before anything is written.
     """

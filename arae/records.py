@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from arae.errors import InputError
 
@@ -23,9 +23,9 @@ class Model(BaseModel):
     layer: str | None = None
     decoder: str | None = None
     train_norm: Literal["l2", "linf"] | None = None
-    train_eps: float = 0.0
+    train_eps: FiniteFloat = 0.0
     """Radius the encoder was trained at, for images in [0, 1]."""
-    losses: dict[str, float] | None = None
+    losses: dict[str, FiniteFloat] | None = None
     """Weights of the decoder's losses, mean-reduced."""
 
 
@@ -35,10 +35,10 @@ class Threat(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     norm: Literal["l2", "linf"]
-    eps: float
+    eps: FiniteFloat
     attack: str = "pgd"
     steps: int
-    step_size: float
+    step_size: FiniteFloat
     restarts: int = 1
     random_start: bool = False
 
@@ -52,7 +52,7 @@ class Record(BaseModel):
     value: float | None
     unit: str
     direction: Literal["higher", "lower"]
-    interval: tuple[float, float] | None = None
+    interval: tuple[FiniteFloat, FiniteFloat] | None = None
     """[low, high] at 95 %."""
     n: int | None = None
     """Samples behind the value."""
@@ -78,6 +78,8 @@ class Record(BaseModel):
             raise ValueError("a record without a value needs a reason")
         if self.value is not None and not math.isfinite(self.value):
             raise ValueError(f"a record can't hold {self.value}: write value=None and the reason")
+        if self.interval is not None and self.interval[0] > self.interval[1]:
+            raise ValueError(f"an interval is [low, high], not {list(self.interval)}")
         return self
 
 
@@ -100,6 +102,8 @@ def read_records(path: Path) -> list[Record]:
         lines = path.read_text().splitlines()
     except OSError as error:
         raise InputError(f"{path}: no records ({error.strerror}); `arae evaluate` writes them") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not records, which are JSON in UTF-8 ({error})") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:

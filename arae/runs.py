@@ -82,7 +82,9 @@ class RunFolder:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise InputError(f"{self.path}: another command is at work on this run; wait for it or stop it") from None
+                raise InputError(
+                    f"{self.path}: another command is at work on this run; wait for it or stop it"
+                ) from None
             yield
 
 

@@ -40,13 +40,14 @@ class Session:
         """Measure, and mirror the records."""
         records = evaluate(self.recipe, self.folder, device, self.progress.task)
         self.tracker.log_records(records)
-        self.tracker.log_artifact(self.folder.records)
         return records
 
 
 @contextmanager
-def session(recipe: Recipe, parent: RunFolder | None = None) -> Iterator[Session]:
+def session(recipe: Recipe, parent: str | None = None) -> Iterator[Session]:
     """Hold the recipe's run folder: resolved recipe written, progress shown, MLflow fed; all closed in the end.
+
+    `parent`: name of the run that MLflow shows this one under.
 
     Raises InputError where the folder holds another recipe's training, or another command is at work on it.
     """
@@ -55,7 +56,8 @@ def session(recipe: Recipe, parent: RunFolder | None = None) -> Iterator[Session
     with folder.lock():
         refuse_another(recipe, folder)
         folder.create(recipe)
-        with Progress(folder) as progress, Tracker(folder, recipe, root, parent=parent) as tracker:
+        with (
+            Progress(folder) as progress,
+            Tracker(folder, recipe, root, parent=parent, note=progress.note) as tracker,
+        ):
             yield Session(recipe, folder, progress, tracker)
-
-

@@ -1,4 +1,4 @@
-"""Train a recipe through Ray Train. The run folder stays authoritative: Ray only starts the workers and watches them."""
+"""Train a recipe through Ray Train. The run folder stays authoritative: Ray only starts and watches the workers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
     thread = threading.Thread(target=_fit, args=(recipe, folder, where, outcome), daemon=True)
     done = threading.Event()
     offset = folder.log.stat().st_size if folder.log.exists() else 0
-    reader = threading.Thread(target=tail, args=(folder.log, listener, done, offset), daemon=True)
+    read = partial(tail, folder.log, listener, done, offset=offset)
+    reader = threading.Thread(target=read, daemon=True)
     thread.start()
     reader.start()
     try:

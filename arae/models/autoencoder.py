@@ -1,7 +1,7 @@
 """Encoder and decoder as one: images to features and back; and the model folder they are kept in.
 
-A model folder holds `config.json`, `encoder.safetensors` and, once there is one, `decoder.safetensors`. The config names each
-file's sha256 and the training that earned it.
+A model folder holds `config.json`, `encoder.safetensors` and, once there is one, `decoder.safetensors`. The config
+names each file's sha256 and the training that earned it.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ class Autoencoder:
 def save_part(
     folder: Path, part: str, weights: Mapping[str, Tensor], entry: Mapping[str, Any], common: Mapping[str, Any]
 ) -> None:
-    """Write `<part>.safetensors` and its entry in `config.json`, the weights first: a config never names what is not there.
+    """Write `<part>.safetensors` and its entry in `config.json`, the weights first: a config names only what is there.
 
-    An entry holds `name`, `digest`, `steps`, `training` and, for the encoder, `layer` and `num_classes`; `common` holds `image_shape`,
-    `classes`, `train_norm` and `train_eps`.
+    An entry holds `name`, `digest`, `steps`, `training` and, for the encoder, `layer` and `num_classes`; `common` holds
+    `image_shape`, `classes`, `train_norm` and `train_eps`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = save_tensors(dict(weights))

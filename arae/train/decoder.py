@@ -1,8 +1,9 @@
 """One step of decoder training: pixel, feature and adversarial losses over a frozen encoder (Eqs. 3 to 7 of the paper).
 
-The discriminator steps first, then the generator, once each a batch, as in the authors' code. The features are encoded once and
-the reconstruction is made once where a worker has a single micro-batch; with several, the generator's graph is made anew in its
-own half of the step, for the discriminator must have seen the whole global batch before the generator moves.
+The discriminator steps first, then the generator, once each a batch, as in the authors' code. The features are
+encoded once, and the reconstruction is made once where a worker has a single micro-batch; with several, the
+generator's graph is made anew in its own half of the step, for the discriminator must have seen the whole batch before
+the generator moves.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DecoderTrainer:
         engine: Engine,
         total: int,
     ) -> None:
-        """`total`: optimiser steps of the stage; `discriminator` is required by an adversarial loss, unused otherwise."""
+        """`total`: optimiser steps of the stage; `discriminator` is for an adversarial loss, which requires it."""
         assert recipe.decoder is not None
         self.recipe, self.part, self.engine, self.total = recipe, recipe.decoder, engine, total
         # Frozen and in eval mode for good: batch norm of a "frozen" encoder in train mode would still drift.
@@ -57,7 +58,7 @@ class DecoderTrainer:
             self.d_scaler, self.d_buffers = engine.scaler(), StepBuffers(self.discriminator)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
-        """One discriminator and one generator step on a global batch; returns the mean of each loss over the micro-batches."""
+        """One discriminator and one generator step on a batch; returns each loss, mean over the micro-batches."""
         self.generator.train()
         scale = factor(self.part.schedule, step, self.total)
         self.buffers.begin()
@@ -161,7 +162,7 @@ class DecoderTrainer:
         return {"loss": total, **terms}
 
     def state(self) -> dict[str, Any]:
-        """Everything the next step depends on, the encoder aside; random numbers depend on (seed, step, micro-batch) alone."""
+        """Everything the next step depends on, the encoder aside; random numbers depend on their address alone."""
         state: dict[str, Any] = {
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),

@@ -36,7 +36,7 @@ class EncoderTrainer:
         self.average = Average(self.model, self.part.ema)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
-        """Attack, then descend, over this worker's micro-batches of one global batch; returns their mean loss and accuracy."""
+        """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""
         self.model.train()
         set_rate(self.optimizer, self.part.lr * factor(self.part.schedule, step, self.total))
         self.optimizer.zero_grad(set_to_none=True)

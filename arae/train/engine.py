@@ -1,10 +1,11 @@
-"""The engine: what differs between one process and many, and between precisions. Training steps are written against it."""
+"""The engine: what differs between one process and many, and between precisions. Training is written against it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from arae.errors import InputError
 
+Network = TypeVar("Network", bound=nn.Module)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,7 +60,7 @@ class Engine:
         self.rank = dist.get_rank() if self.parallel else 0
         self.size = dist.get_world_size() if self.parallel else 1
 
-    def place(self, module: nn.Module) -> nn.Module:
+    def place(self, module: Network) -> Network:
         """The module on the device, in the memory layout its convolutions are fastest in."""
         return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
@@ -120,9 +122,9 @@ class Engine:
 class StepBuffers:
     """Running statistics as a function of the step, not of who computed it.
 
-    Batch norm's running mean and variance and spectral norm's vectors change with every forward pass, so their values would
-    depend on how many micro-batches a worker has. Here each micro-batch of a step starts from the step's own buffers,
-    and the step ends with the mean of what the micro-batches made of them, over all workers.
+    Batch norm's running mean and variance and spectral norm's vectors change with every forward pass, so their values
+    would depend on how many micro-batches a worker has. Here each micro-batch of a step starts from the step's own
+    buffers, and the step ends with the mean of what the micro-batches made of them, over all workers.
     """
 
     def __init__(self, module: nn.Module) -> None:

@@ -84,7 +84,9 @@ def fit(trainer: Trainer, run: Fit) -> float:
         if done % run.recipe.state.every == 0 or stopping or done == run.total:
             save(trainer, run, done, meter)
         if stopping and done < run.total:
-            raise Stopped(f"stopped at step {done} of {run.total} of the {trainer.name}; the same command goes on from there")
+            raise Stopped(
+                f"stopped at step {done} of {run.total} of the {trainer.name}; the same command goes on from there"
+            )
     return meter.seconds
 
 
@@ -118,7 +120,9 @@ def micro_batches(stage: str, run: Fit, first: int) -> Iterator[Micro]:
         for i, images in enumerate(run.source.batches(flat)):
             where = torch.from_numpy(flat[i])
             labels = run.source.labels[where % n].to(run.engine.device, non_blocking=True)
-            ready = augment(images, where.to(images.device), data.augment, data.pad, mix(run.recipe.seed, "augment", stage))
+            ready = augment(
+                images, where.to(images.device), data.augment, data.pad, mix(run.recipe.seed, "augment", stage)
+            )
             ready = ready.to(run.engine.device, memory_format=torch.channels_last)
             yield Micro(ready, labels, own.start + i % len(own))
 
@@ -175,9 +179,7 @@ def report(stage: str, run: Fit, done: int, meter: Meter) -> None:
             "the last state saved is kept"
         )
     epoch = done * run.part.batch / run.source.n
-    run.log.emit(
-        "interval", stage=stage, step=done, steps=run.total, epoch=epoch, metrics=metrics, images_per_s=rate
-    )
+    run.log.emit("interval", stage=stage, step=done, steps=run.total, epoch=epoch, metrics=metrics, images_per_s=rate)
 
 
 def ends_epoch(run: Fit, done: int) -> bool:

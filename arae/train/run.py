@@ -36,13 +36,15 @@ def train(
 ) -> None:
     """Train what of the recipe is not trained yet, into the run folder.
 
-    Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept and the same call
-    goes on, AraeError where training fails.
+    Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept and the
+    same call goes on, AraeError where training fails.
     """
     with full_disk(folder):
         source = open_source(recipe.data, "train", device)
         if len(source.classes) < 2:
-            raise InputError(f"data.train: {len(source.classes)} class; an encoder needs two or more (one folder a class)")
+            raise InputError(
+                f"data.train: {len(source.classes)} class; an encoder needs two or more (one folder a class)"
+            )
         engine = Engine(device, recipe.precision)
         log = Log(folder, listener, active=engine.rank == 0)
         worker = Worker(recipe, folder, source, engine, log, stop)
@@ -67,7 +69,9 @@ def full_disk(folder: RunFolder) -> Iterator[None]:
             raise DiskFull(
                 f"{folder.path}: the disk is full; {kept} is kept: make room and run the same command again"
             ) from None
-        raise InputError(f"{folder.path}: the disk is full; make room, or set ARAE_RUNS to a folder on another disk") from None
+        raise InputError(
+            f"{folder.path}: the disk is full; make room, or set ARAE_RUNS to a folder on another disk"
+        ) from None
 
 
 class Worker:
@@ -76,7 +80,14 @@ class Worker:
     def __init__(
         self, recipe: Recipe, folder: RunFolder, source: Source, engine: Engine, log: Log, stop: Callable[[], bool]
     ) -> None:
-        self.recipe, self.folder, self.source, self.engine, self.log, self.stop = recipe, folder, source, engine, log, stop
+        self.recipe, self.folder, self.source, self.engine, self.log, self.stop = (
+            recipe,
+            folder,
+            source,
+            engine,
+            log,
+            stop,
+        )
         self.probe = Probe(recipe, folder, engine, log) if log.active else None
 
     def encoder(self) -> Encoder:
@@ -157,7 +168,8 @@ class Worker:
         if config[stage]["digest"] != self._digest(stage):
             raise InputError(
                 f"{self.folder.path}: its {stage} was trained by another recipe (data, seed, encoder"
-                f"{' or decoder' if stage == 'decoder' else ''} differ); give this run another name=… or delete the folder"
+                f"{' or decoder' if stage == 'decoder' else ''} differ); "
+                "give this run another name=… or delete the folder"
             )
         self.log.emit("stage", stage=stage, state="skipped")
         return True

@@ -1,7 +1,7 @@
 """The whole state of a run on disk: written whole or not at all, checked before it is believed.
 
-`state/manifest.json` lists the newest states with their sha256; it is authoritative. A state is a flat dictionary of tensors,
-numbers and text, read back with `weights_only=True`.
+`state/manifest.json` lists the newest states with their sha256; it is authoritative. A state holds tensors, numbers and
+text, and is read back with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Saved:
 
 
 def save_state(folder: Path, payload: dict[str, Any], *, stage: str, step: int, digest: str, keep: int) -> None:
-    """Write a state and list it; the last `keep` of the stage stay. OSError where the disk is full, nothing half-written."""
+    """Write a state and list it; the stage's last `keep` stay. OSError where the disk is full, nothing half-written."""
     folder.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     torch.save(payload, buffer)

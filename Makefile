@@ -1,0 +1,45 @@
+# The whole developer loop. `make demo` and `make test` do everything on a fresh Debian 12 or Ubuntu 24.04:
+# system packages, .venv, pinned Python packages, then the job. Once that is in place they go straight to the job.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint bench picture clean
+
+# What is passed on to the job: make demo ARGS="data.source=/path/to/images", make test ARGS="-k pgd"
+ARGS ?=
+# The interpreter of .venv: make setup PYTHON=python3.12; default: what is there, or the first 3.11 or 3.12 found.
+PYTHON ?=
+export PYTHON
+
+BIN := .venv/bin
+
+help:  ## this list
+	@sed -nE 's/^([a-z]+):.*## /  make \1\t/p' Makefile | expand -t 16
+
+setup:  ## system packages, .venv and the pinned Python packages; the other targets call it
+	@.ci/setup
+
+demo: setup  ## the main job in small: trains, evaluates, writes runs/demo/report.html
+	@exec $(BIN)/arae demo $(ARGS)
+
+test:  ## the test suite
+	@.ci/setup --browser
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint: setup  ## ruff and pyright, as the commit hooks run them
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: setup  ## the benchmarks
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+picture: setup  ## the README's picture, from the demo's run
+	@mkdir -p docs
+	@$(BIN)/python -c "from PIL import Image; p = Image.open('runs/demo/map.png').convert('RGB'); p.thumbnail((1000, 1000)); \
+	  p.quantize(128).save('docs/demo-map.png', optimize=True)"
+
+clean:  ## removes .venv and the tools' caches; runs and data stay
+	rm -rf .venv .pytest_cache .ruff_cache build dist arae.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

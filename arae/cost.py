@@ -1,0 +1,224 @@
+"""What networks cost: parameters, FLOPs and activations of an image, and of a training step with all its passes.
+
+FLOPs are counted on the networks' own operations, on tensors without data; a multiply-add is two.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from arae.config import Attack, Recipe
+from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
+
+Shape = tuple[int, int, int]
+FLOAT = 4  # bytes: weights, gradients and optimiser states are float32 in every precision
+SGD, ADAM = 1, 2  # tensors of the weights' size that the optimiser keeps
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network's size: parameters, and FLOPs of one image's forward pass."""
+
+    role: str
+    name: str
+    parameters: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class Passes:
+    """FLOPs of one image: forward alone; forward with the gradient of the input; forward with those of the weights."""
+
+    forward: int
+    to_input: int
+    to_weights: int
+
+
+class Networks:
+    """The recipe's networks, and what an image costs in each."""
+
+    def __init__(self, recipe: Recipe, shape: Shape, num_classes: int) -> None:
+        """For images of `shape` (C, H, W); InputError where the networks do not fit them."""
+        self.recipe, self.shape, self.layer = recipe, shape, recipe.encoder.layer
+        self.encoder: Encoder = create_encoder(recipe.encoder.name, max(num_classes, 2), shape[0], shape[1])
+        self.feature_shape = self.encoder.feature_shape(shape, self.layer)
+        self.classify = passes(self.encoder, shape)
+        self.decoder: nn.Module | None = None
+        self.discriminator: nn.Module | None = None
+        if part := recipe.decoder:
+            self.decoder = create_decoder(part.name, feature_shape=self.feature_shape, image_shape=shape)
+            self.tap = passes(_Tap(self.encoder, self.layer), shape)
+            self.generate = passes(self.decoder, self.feature_shape)
+            if part.losses.adversarial:
+                made = create_discriminator(part.name, feature_shape=self.feature_shape, image_shape=shape)
+                self.discriminator = made
+                self.judge = passes(_Judge(made, self.feature_shape, times=1), shape)
+                self.judge_both = passes(_Judge(made, self.feature_shape, times=2), shape)
+
+    def listed(self) -> Iterator[Network]:
+        """Each network with its size."""
+        yield Network("encoder", self.recipe.encoder.name, parameters(self.encoder), self.classify.forward)
+        if self.recipe.decoder and self.decoder:
+            yield Network("decoder", self.recipe.decoder.name, parameters(self.decoder), self.generate.forward)
+        if self.recipe.decoder and self.discriminator:
+            size = parameters(self.discriminator)
+            yield Network("discriminator", self.recipe.decoder.name, size, self.judge.forward)
+
+    def encoder_step(self, attack: Attack) -> int:
+        """FLOPs an image of adversarial training: the attack, then one descent."""
+        return attack_flops(self.classify, attack) + self.classify.to_weights
+
+    def decoder_step(self, micros: int) -> int:
+        """FLOPs an image of decoder training; `micros` is a worker's number of micro-batches a step.
+
+        Encode; reconstruct and descend; encode the reconstruction (feature loss); the discriminator on both images to
+        its weights, then on the reconstruction to its input. With several micro-batches the discriminator's half of
+        the step reconstructs on its own.
+        """
+        assert self.recipe.decoder is not None
+        total = self.tap.forward + self.generate.to_weights
+        if self.recipe.decoder.losses.feature:
+            total += self.tap.to_input
+        if self.discriminator is not None:
+            total += self.judge_both.to_weights + self.judge.to_input + self.generate.forward * (micros > 1)
+        return total
+
+    def evaluation(self) -> int:
+        """FLOPs an image of evaluation: every attack with all its restarts, and the reconstructions."""
+        attacks = self.recipe.evaluate.attacks
+        total = self.classify.forward + sum(attack_flops(self.classify, a) + self.classify.forward for a in attacks)
+        if self.decoder is not None and self.recipe.evaluate.reconstruct:
+            total += (1 + len(attacks)) * (self.tap.forward + self.generate.forward)
+        return total
+
+    def encoder_memory(self, micro: int) -> dict[str, int]:
+        """Bytes a worker holds at the peak of an encoder step, by what they are."""
+        weights = parameters(self.encoder)
+        held = activations(self.encoder, self.shape) * micro
+        return _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
+
+    def decoder_memory(self, micro: int) -> dict[str, int]:
+        """Bytes a worker holds at the peak of a decoder step, by what they are."""
+        assert self.recipe.decoder is not None
+        assert self.decoder is not None
+        trained = self._decoder_trained()
+        held = activations(self.decoder, self.feature_shape)
+        again = activations(_Tap(self.encoder, self.layer), self.shape) if self.recipe.decoder.losses.feature else 0
+        both = one = 0
+        if self.discriminator is not None:
+            both, one = (
+                activations(_Judge(self.discriminator, self.feature_shape, times=t), self.shape) for t in (2, 1)
+            )
+        average = parameters(self.decoder) * bool(self.recipe.decoder.ema)
+        held += max(both, one + again)  # the discriminator's half of the step, or the generator's
+        return _memory(trained + parameters(self.encoder), trained, trained * ADAM, average, held * micro)
+
+    def disk(self) -> dict[str, int]:
+        """Bytes a run folder takes: the states kept, and the exported model."""
+        keep, recipe = self.recipe.state.keep, self.recipe
+        state = model = parameters(self.encoder)
+        state *= 1 + SGD + bool(recipe.encoder.ema)
+        if recipe.decoder and self.decoder:
+            model += parameters(self.decoder)
+            average = parameters(self.decoder) * bool(recipe.decoder.ema)
+            state = max(state, self._decoder_trained() * (1 + ADAM) + average)
+        return {f"states ({keep} kept)": state * FLOAT * keep, "model": model * FLOAT}
+
+    def _decoder_trained(self) -> int:
+        """Parameters that the decoder's stage trains."""
+        assert self.decoder is not None
+        return parameters(self.decoder) + (parameters(self.discriminator) if self.discriminator else 0)
+
+
+def attack_flops(classify: Passes, attack: Attack) -> int:
+    """FLOPs an image of PGD: a step is a forward and an input gradient; each of several restarts is judged once."""
+    if attack.eps == 0:
+        return 0
+    judged = attack.restarts * classify.forward if attack.restarts > 1 else 0
+    return attack.restarts * attack.steps * classify.to_input + judged
+
+
+def parameters(network: nn.Module) -> int:
+    """Number of trainable numbers."""
+    return sum(p.numel() for p in network.parameters())
+
+
+def passes(network: nn.Module, shape: Shape) -> Passes:
+    """FLOPs of one input of `shape`, by what is differentiated."""
+    bare = _bare(network)
+
+    def count(n: int, wanted: str) -> int:
+        bare.requires_grad_(wanted == "weights")
+        x = torch.empty(n, *shape, device="meta", requires_grad=wanted == "input")
+        with FlopCounterMode(display=False) as counter:
+            out = bare(x).sum()
+            if out.requires_grad:
+                out.backward()
+        return counter.get_total_flops()
+
+    return Passes(*(_of_one(lambda n, what=what: count(n, what)) for what in ("", "input", "weights")))
+
+
+def activations(network: nn.Module, shape: Shape) -> int:
+    """Bytes that autograd keeps of one input of `shape` between forward and backward, in float32."""
+    bare = _bare(network).train()
+
+    def count(n: int) -> int:
+        kept: dict[int, torch.UntypedStorage] = {}
+
+        def keep(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage  # held, so that its address is not given out again
+            return tensor
+
+        x = torch.empty(n, *shape, device="meta", requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = bare(x)
+        del out
+        return sum(storage.nbytes() for storage in kept.values())
+
+    return _of_one(count)
+
+
+class _Tap(nn.Module):
+    """The encoder up to its tap."""
+
+    def __init__(self, encoder: Encoder, layer: str | None) -> None:
+        super().__init__()
+        self.encoder, self.layer = encoder, layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.encoder.features(x, self.layer)
+
+
+class _Judge(nn.Module):
+    """The discriminator on `times` images for the same features."""
+
+    def __init__(self, discriminator: nn.Module, feature_shape: Shape, times: int) -> None:
+        super().__init__()
+        self.discriminator, self.feature_shape, self.times = discriminator, feature_shape, times
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = torch.empty(len(x), *self.feature_shape, device=x.device)
+        return self.discriminator(torch.cat([x] * self.times), features)
+
+
+def _bare(network: nn.Module) -> nn.Module:
+    """The network with shapes but no data."""
+    return copy.deepcopy(network).to("meta")
+
+
+def _of_one(count: Callable[[int], int]) -> int:
+    """The share of one more sample: what does not grow with the batch (weights, their normalisation) falls out."""
+    return (count(4) - count(2)) // 2
+
+
+def _memory(weights: int, trained: int, optimiser: int, average: int, activations_held: int) -> dict[str, int]:
+    sizes = {"weights": weights, "gradients": trained, "optimiser": optimiser, "average": average}
+    return {name: size * FLOAT for name, size in sizes.items() if size} | {"activations": activations_held}

@@ -1,0 +1,43 @@
+"""Augmentation on the device, in batches: a function of (seed, epoch, sample), whatever batch a sample comes in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from arae.seeds import mix, mix_tensor
+
+
+def to_float(images: torch.Tensor) -> torch.Tensor:
+    """uint8 levels to float32 in [0, 1], contiguous; the shape stays."""
+    return images.contiguous().to(torch.float32).div_(255)
+
+
+def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: int, seed: int) -> torch.Tensor:
+    """Flip and shift a batch: uint8 [m, C, H, W] to float32 [m, C, H, W] in [0, 1], on the images' device.
+
+    `ids` are int64 [m] (epoch * n + index). `flip` mirrors with p = 1/2; `shift` moves by up to `pad` pixels each way,
+    edges repeated. `crop` belongs to the decoder and is passed over.
+    """
+    ids = ids.to(images.device)
+    flip = mix_tensor(mix(seed, "flip"), ids) & 1 == 1 if "flip" in kinds else None
+    reach = pad if "shift" in kinds else 0
+    if flip is None and not reach:
+        return to_float(images)
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device).expand(len(ids), -1)
+    columns = torch.arange(width, device=images.device).expand(len(ids), -1)
+    if flip is not None:
+        columns = torch.where(flip[:, None], width - 1 - columns, columns)
+    if reach:
+        rows = (rows + _offset(seed, "down", ids, reach)).clamp(0, height - 1)
+        columns = (columns + _offset(seed, "right", ids, reach)).clamp(0, width - 1)
+    batch = torch.arange(len(ids), device=images.device)[:, None, None]
+    moved = images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
+    return to_float(moved.permute(0, 3, 1, 2))
+
+
+def _offset(seed: int, name: str, ids: torch.Tensor, reach: int) -> torch.Tensor:
+    """Uniform over -reach .. reach, int64 [m, 1]."""
+    return (mix_tensor(mix(seed, name), ids) % (2 * reach + 1) - reach)[:, None]

@@ -1,0 +1,185 @@
+"""Loading: one contract, two sources. A source yields uint8 batches for ids; an id is epoch * n + index.
+
+The ids carry the epoch, so augmentation addressed by (seed, epoch, sample) needs nothing else, and any step of any
+epoch is entered by asking for its ids.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+
+from arae.config import Data
+from arae.data import arrays, beton, catalog
+from arae.data.arrays import Arrays
+from arae.data.images import fit_array
+from arae.errors import InputError
+from arae.seeds import mix, mix_array
+
+RESIDENT_BYTES = 2 << 30  # `auto` holds what is at most this large
+
+
+class Source(Protocol):
+    """Images and labels of one split."""
+
+    n: int
+    """Samples."""
+    shape: tuple[int, int, int]
+    """Channels, height, width."""
+    classes: tuple[str, ...]
+    labels: torch.Tensor
+    """int64 [n], on the CPU."""
+
+    def batches(self, ids: np.ndarray) -> Iterator[torch.Tensor]:
+        """For ids int64 [k, m] (epoch * n + index): k tensors, uint8 [m, C, H, W], on the source's device."""
+        ...
+
+
+class Resident:
+    """All images as one uint8 tensor on the device; for sets that fit."""
+
+    def __init__(self, images: torch.Tensor, labels: torch.Tensor, classes: tuple[str, ...]) -> None:
+        self.images = images
+        """uint8 [n, C, H, W]."""
+        self.labels = labels
+        self.classes = classes
+        self.n = len(images)
+        self.shape = (images.shape[1], images.shape[2], images.shape[3])
+
+    def batches(self, ids: np.ndarray) -> Iterator[torch.Tensor]:
+        """See `Source.batches`."""
+        for row in ids:
+            yield self.images[torch.from_numpy(row % self.n).to(self.images.device)]
+
+
+def stream(n: int, batch: int, seed: int, first_step: int, last_step: int) -> np.ndarray:
+    """Ids int64 [steps, batch] of the global steps [first, last) of training on `n` samples.
+
+    The stream is the concatenation over epochs of a permutation that is a function of (seed, epoch); step s takes its
+    positions [s * batch, (s + 1) * batch): each sample comes once an epoch, and a batch may span epochs.
+    """
+    begin, end = first_step * batch, last_step * batch
+    if end <= begin:
+        return np.empty((0, batch), np.int64)
+    epochs = range(begin // n, (end - 1) // n + 1)
+    ids = np.concatenate([epoch * n + _permutation(n, seed, epoch) for epoch in epochs])
+    offset = begin - epochs[0] * n
+    return ids[offset : offset + end - begin].reshape(-1, batch)
+
+
+def open_source(
+    data: Data,
+    split: Literal["train", "test"],
+    device: torch.device,
+    *,
+    seed: int = 0,
+    workers: int | None = None,
+) -> Source:
+    """The source of a split as the recipe's `data` says; InputError names the key of what is wrong with its file.
+
+    `seed` addresses random crops; `workers` are decoding threads (default: this process's share of the cores).
+    """
+    key = f"data.{split}"
+    named = data.train if split == "train" else data.test
+    if named is None:
+        return _resident(_catalogue_arrays(data, split, key), data, split, device)
+    path = Path(named)
+    if not path.is_file():
+        raise InputError(f"{key}: {path} is not there; `arae encode {data.source or data.name} {path}` writes it")
+    if path.suffix == ".npz":
+        return _resident(arrays.read_npz(path, "all"), data, split, device)
+    return _from_beton(path, data, split, device, seed=seed, workers=workers or default_workers())
+
+
+def default_workers() -> int:
+    """Decoding threads for this process: its share of the cores, one left for the loop."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, len(os.sched_getaffinity(0)) // max(1, local) - 1)
+
+
+def limited(n: int, limit: int | None) -> np.ndarray:
+    """At most `limit` of `n` positions, evenly spaced, int64."""
+    count = min(n, limit) if limit else n
+    return np.arange(count, dtype=np.int64) * n // count
+
+
+def to_channels(images: torch.Tensor, channels: int) -> torch.Tensor:
+    """uint8 [m, C, H, W] with C = 1 or 3 in the wanted number: grey is repeated; colour becomes luma (ITU-R BT.601)."""
+    if images.shape[1] == channels:
+        return images
+    if channels == 3:
+        return images.expand(-1, 3, -1, -1)
+    red, green, blue = images.to(torch.int32).unbind(1)
+    # Weights in 1/65536 that sum to one, so grey written as RGB comes back as it was.
+    return ((red * 19_595 + green * 38_470 + blue * 7_471 + 32_768) >> 16).to(torch.uint8)[:, None]
+
+
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    # Sorting hashes, not numpy's shuffle: NumPy doesn't promise its streams from one version to the next.
+    return np.argsort(mix_array(mix(seed, "order", epoch), np.arange(n)), kind="stable")
+
+
+def _catalogue_arrays(data: Data, split: Literal["train", "test"], key: str) -> Arrays:
+    dataset = catalog.find(data.name)
+    if dataset.kind == "folder":
+        place = data.source or data.name
+        raise InputError(f"{key} is not set: `arae encode {place} {split}.beton` writes a file for it")
+    return catalog.read_arrays(data.name, data.source, split)
+
+
+def _resident(read: Arrays, data: Data, split: str, device: torch.device) -> Resident:
+    rows = limited(len(read.labels), data.limit if split == "train" else None)
+    images = read.images[rows]
+    if data.size and images.shape[1:3] != (data.size, data.size):
+        images = np.stack([fit_array(image, data.size, crop=True) for image in images])
+    tensor = torch.from_numpy(images)
+    tensor = tensor[:, None] if tensor.ndim == 3 else tensor.permute(0, 3, 1, 2)
+    tensor = to_channels(tensor, data.channels or read.channels).contiguous().to(device)
+    return Resident(tensor, torch.from_numpy(read.labels[rows]), read.classes)
+
+
+def _from_beton(
+    path: Path, data: Data, split: Literal["train", "test"], device: torch.device, *, seed: int, workers: int
+) -> Source:
+    from arae.data import ffcv_io
+
+    key = f"data.{split}"
+    file = beton.check(path, key)
+    ffcv_io.need_ffcv(f"{key}: {path}")
+    channels = data.channels or file.channels or _catalogue_channels(data.name)
+    height, width = _output_size(file, data, key)
+    train = split == "train"
+    crop = train and "crop" in data.augment
+    rows = limited(file.n, data.limit if train else None)
+    reader = ffcv_io.Decoding(file, (height, width), crop_seed=seed if crop else None, workers=workers)
+    small = len(rows) * channels * height * width <= RESIDENT_BYTES
+    if data.loader == "resident" and crop:
+        raise InputError("data.loader = resident can't make random crops: use data.loader=ffcv, or leave crop out")
+    if data.loader == "resident" or (data.loader == "auto" and small and not crop):
+        images = torch.empty((len(rows), channels, height, width), dtype=torch.uint8)
+        for start, part in ffcv_io.in_chunks(reader, rows):
+            images[start : start + len(part)] = to_channels(part, channels)
+        return Resident(images.to(device), torch.from_numpy(file.labels[rows]), file.classes)
+    return ffcv_io.Ffcv(reader, rows, partial(to_channels, channels=channels), channels, device)
+
+
+def _output_size(file: beton.Beton, data: Data, key: str) -> tuple[int, int]:
+    if data.size:
+        return data.size, data.size
+    if file.constant_shape:
+        return file.constant_shape
+    size = catalog.DATASETS[data.name].size if data.name in catalog.DATASETS else None
+    if size is None:
+        sides = f"{file.heights.min()} to {file.heights.max()} pixels high"
+        raise InputError(f"{key}: the images of {file.path} are {sides}: set data.size, or encode with crop=true")
+    return size, size
+
+
+def _catalogue_channels(name: str) -> int:
+    return catalog.DATASETS[name].channels if name in catalog.DATASETS else 3

@@ -1,0 +1,294 @@
+"""MLflow as a mirror of the run folder: it can be late, away or missing, and training never waits for it.
+
+Whoever runs the command makes a `Tracker` and gives it every event of the loop. An operation is first written to
+`<run>/mlflow.pending.jsonl` and then delivered by one background thread; what is left at the end is sent by the next
+tracker on the folder, by `arae ui`, or by `send_pending`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal, Self
+
+from arae.config import Recipe, difference
+from arae.errors import Stopped
+from arae.journal import Card, Journal, Operation
+from arae.mirror import CARD, PENDING, Note, Sender, first_line, log_note
+from arae.mirror import send_pending as send_pending
+from arae.mirror import tracking_uri as tracking_uri
+from arae.provenance import git_revision
+from arae.records import Record, Threat
+from arae.runs import RunFolder
+from arae.ui import ui as ui
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+LONGEST_PAUSE = 30.0  # seconds between attempts while the server is away
+LONGEST_VALUE = 5000  # characters; MLflow takes 6000 in a parameter, 8000 in a tag
+
+_said_missing = threading.Event()
+
+
+class Tracker:
+    """A listener for the loop's events that mirrors one run folder to one MLflow run, over any number of restarts.
+
+    `parent` is the run folder of the parent, relative to `runs_root` (`"demo"`); its MLflow run is made if missing.
+    Without MLflow, or with `enabled=False`, every call does nothing.
+    `note` is told, in words and perhaps from another thread, when the server goes away and when it is back.
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        recipe: Recipe,
+        runs_root: Path,
+        *,
+        parent: str | None = None,
+        enabled: bool = True,
+        note: Note = log_note,
+    ) -> None:
+        self.folder, self._note = folder, note
+        self.enabled = enabled and _mlflow_is_there(note)
+        self._journal = Journal(folder.path / PENDING)
+        self._sender = Sender(folder.path, runs_root, note)
+        self._wake, self._closing = threading.Event(), threading.Event()
+        self._thread: threading.Thread | None = None
+        self._dataset = recipe.data.name
+        self._card = Card.load(folder.path / CARD)
+        if not self.enabled:
+            return
+        for operation in self._journal.all():
+            self._card.absorb(operation)
+        self._add(*opening(recipe, parent))
+        if folder.recipe.is_file():
+            self.log_artifact(folder.recipe)
+        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def __call__(self, event: Mapping[str, Any]) -> None:
+        """Mirror one event of the loop; an event that isn't understood is passed over."""
+        handler = self._handlers().get(str(event.get("event")))
+        if handler and self.enabled:
+            with suppress(AttributeError, KeyError, TypeError, ValueError):
+                handler(event)
+
+    def log_records(self, records: Iterable[Record]) -> None:
+        """Add every record that has a value as a metric `final/…`, the training radius, and `records.jsonl` itself."""
+        records = list(records)
+        for name, record in record_names(records, self._dataset).items():
+            if record.value is not None:
+                self._add(_metrics({name: record.value}, 0, _milliseconds(record.time)))
+        radii = {record.model.train_eps for record in records}
+        if len(radii) == 1:
+            (eps,) = radii
+            self._add(
+                _metrics({"train_eps": eps}, 0, min(_milliseconds(record.time) for record in records)),
+                {"op": "param", "key": "train_eps", "value": f"{eps:g}"},
+            )
+        if self.folder.records.is_file():
+            self.log_artifact(self.folder.records)
+
+    def log_artifact(self, path: Path, to: str | None = None) -> None:
+        """Add a file (a report page, a picture) under the artifact folder `to`; it is read when it is sent, not now."""
+        inside = path.is_relative_to(self.folder.path)
+        place = path.relative_to(self.folder.path) if inside else path.absolute()
+        self._add({"op": "artifact", "path": str(place), "to": to})
+
+    def close(self, status: Status = "FINISHED", timeout: float = 15.0) -> bool:
+        """End the MLflow run; waits at most `timeout` seconds. Returns whether MLflow has heard all of it."""
+        if self._thread is None:
+            return not self.enabled
+        if not self._closing.is_set():
+            self._add({"op": "end", "status": status, "time": _milliseconds(time.time())})
+        self._closing.set()
+        self._wake.set()
+        self._thread.join(timeout)
+        done = not self._journal.path.exists()
+        if not done:
+            self._note(
+                f"{self._journal.path}: MLflow has not had all of this run yet; the next command or `arae ui` sends it"
+            )
+        return done
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        stopped = kind is not None and issubclass(kind, Stopped | KeyboardInterrupt)
+        self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+
+    def _handlers(self) -> dict[str, Callable[[Mapping[str, Any]], None]]:
+        return {
+            "interval": self._on_interval,
+            "epoch": self._on_epoch,
+            "picture": self._on_picture,
+            "stage": self._on_stage,
+        }
+
+    def _on_interval(self, event: Mapping[str, Any]) -> None:
+        speed = {"images_per_s": event["images_per_s"]} if "images_per_s" in event else {}
+        self._add_series(event["stage"], event, event["metrics"] | speed)
+
+    def _on_epoch(self, event: Mapping[str, Any]) -> None:
+        series = f"{event['stage']}/epoch"
+        best = dict(self._card.best)
+        self._add_series(series, event, event["metrics"])
+        better = {name: value for name, value in self._card.best.items() if value != best.get(name)}
+        self._add(
+            _metrics(_renamed(better, series, f"best/{event['stage']}"), event["step"], _milliseconds(event["time"]))
+        )
+
+    def _on_picture(self, event: Mapping[str, Any]) -> None:
+        self.log_artifact(self.folder.path / event["path"], to=str(Path(event["path"]).parent))
+
+    def _on_stage(self, event: Mapping[str, Any]) -> None:
+        stage, state = event["stage"], event["state"]
+        if state in ("started", "finished"):
+            self._add({"op": "tag", "key": "stage", "value": f"{stage} {state}"})
+        if state == "finished":
+            values = _renamed(self._card.last, f"{stage}/epoch", f"final/{stage}")
+            step = max(
+                (self._card.reached[name] for name in self._card.last if name.startswith(f"{stage}/")), default=0
+            )
+            self._add(_metrics(values, step, _milliseconds(event["time"])))
+
+    def _add_series(self, series: str, event: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+        named = {metric_name(f"{series}/{name}"): value for name, value in _numbers(values).items()}
+        news = self._card.news(event["step"], named)
+        self._add(_metrics(news, event["step"], _milliseconds(event["time"])) | {"series": series})
+
+    def _add(self, *operations: Operation) -> None:
+        wanted = [o for o in operations if o["op"] != "metrics" or o["values"]]
+        if not self.enabled or not wanted:
+            return
+        try:
+            self._journal.append(*wanted)
+        except OSError as error:
+            self._note(
+                f"{self._journal.path}: can't be written ({error.strerror}), so MLflow misses a part of this run"
+            )
+            return
+        for operation in wanted:
+            self._card.absorb(operation)
+        self._wake.set()
+
+    def _deliver(self) -> None:
+        """The thread: deliver what there is; where that fails, pause for longer and longer."""
+        pause = 0.0
+        while True:
+            if pause:
+                self._closing.wait(pause)
+            else:
+                self._wake.wait()
+            self._wake.clear()
+            closing = self._closing.is_set()
+            try:
+                sent = self._sender.drain()
+                if pause:
+                    self._note(f"MLflow answers again; {sent} operations sent")
+                pause = 0.0
+            except Exception as error:  # noqa: BLE001 -- whatever MLflow, a database driver or the network come up with
+                if not pause:
+                    self._note(f"MLflow is away ({first_line(error)}); what it misses is kept in {self._journal.path}")
+                pause = min(LONGEST_PAUSE, 2 * pause or 1.0)
+            if closing:
+                return
+
+
+def opening(recipe: Recipe, parent: str | None) -> list[Operation]:
+    """What opens a run: itself, its parameters (what differs from the recipe's base) and its tags."""
+    attack = recipe.encoder.attack
+    tags = {
+        "recipe": recipe.base or recipe.name,
+        "digest": recipe.digest,
+        "git": git_revision(),
+        "scale": recipe.scale,
+        "norm": attack.norm or "none",
+        "eps": f"{attack.eps:g}",
+        "dataset": recipe.data.name,
+    }
+    digests = {"encoder": recipe.stage_digest("encoder"), "decoder": recipe.stage_digest("decoder")}
+    run = {"op": "run", "name": recipe.name, "experiment": recipe.name.split("/")[0], "parent": parent}
+    params = [{"op": "param", "key": key, "value": _text(value)} for key, value in difference(recipe).items()]
+    return [
+        run | {"digests": digests, "time": _milliseconds(time.time())},
+        *params,
+        *({"op": "tag", "key": key, "value": _text(value)} for key, value in tags.items()),
+    ]
+
+
+def record_names(records: Iterable[Record], dataset: str) -> dict[str, Record]:
+    """A readable and distinct metric name for each record, such as `final/robust_accuracy.l2-1.5.pgd-50x5`,
+    `final/psnr.reconstruction` or, attacked, `final/psnr.under-l2-1.5.pgd-50x5`; data other than `dataset` are named.
+    """
+    named: dict[str, Record] = {}
+    for record in records:
+        parts = [record.metric]
+        accuracy = record.protocol == "classification"
+        if not accuracy and not (record.threat and record.protocol == "reconstruction"):
+            parts.append(record.protocol)
+        if record.threat:
+            parts.append(("" if accuracy else "under-") + threat_name(record.threat))
+        parts += [record.dataset] * (record.dataset != dataset) + [record.split] * (record.split != "test")
+        name = whole = "final/" + metric_name(".".join(part for part in parts if part))
+        count = 1
+        while name in named:
+            count += 1
+            name = f"{whole}.{count}"
+        named[name] = record
+    return named
+
+
+def threat_name(threat: Threat) -> str:
+    """`l2-1.5.pgd-50x5`: norm, radius, attack, steps × restarts; radii in 8-bit levels as `linf-8of255`."""
+    levels = threat.eps * 255
+    eps = f"{levels:.0f}of255" if threat.norm == "linf" and math.isclose(levels, round(levels)) else f"{threat.eps:g}"
+    return f"{threat.norm}-{eps}.{threat.attack}-{threat.steps}x{threat.restarts}"
+
+
+def metric_name(text: str) -> str:
+    """The text with what MLflow doesn't take in a name (all but letters, digits and `_-. :/`) replaced by `-`."""
+    return re.sub(r"[^A-Za-z0-9_\-. :/]", "-", text)
+
+
+def _metrics(values: Mapping[str, float], step: int, milliseconds: int) -> Operation:
+    return {"op": "metrics", "step": step, "time": milliseconds, "values": dict(values)}
+
+
+def _renamed(values: Mapping[str, float], old: str, new: str) -> dict[str, float]:
+    """The values under `old/`, as values under `new/`."""
+    return {new + name.removeprefix(old): value for name, value in values.items() if name.startswith(f"{old}/")}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
+
+
+def _text(value: object) -> str:
+    return (value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE]
+
+
+def _milliseconds(moment: float | str) -> int:
+    """Unix milliseconds of Unix seconds or of an ISO time."""
+    return round(1000 * (datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else moment))
+
+
+def _mlflow_is_there(note: Note) -> bool:
+    if importlib.util.find_spec("mlflow"):
+        return True
+    if not _said_missing.is_set():
+        _said_missing.set()
+        note("MLflow is not installed, so the run is kept in its folder alone; `pip install 'arae[track]'` adds it")
+    return False

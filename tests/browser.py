@@ -1,0 +1,58 @@
+"""A headless Chromium for tests that look at pages as a reader would."""
+
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-dev-shm-usage",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+)
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Chrome]:
+    """A browser with a fresh profile in the (empty) folder `profile`; skips the test where Chromium isn't installed."""
+    paths = [shutil.which("chromium"), shutil.which("chromedriver")]
+    if None in paths:
+        pytest.skip("needs chromium and chromedriver (Debian: apt install chromium chromium-driver)")
+    options = ChromeOptions()
+    options.binary_location = str(paths[0])
+    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+        options.add_argument(flag)
+    browser = Chrome(options=options, service=Service(executable_path=str(paths[1])))
+    try:
+        browser.set_page_load_timeout(120)
+        yield browser
+    finally:
+        browser.quit()
+
+
+def text_of(browser: Chrome) -> str:
+    """What a reader of the page can read."""
+    return browser.find_element(By.TAG_NAME, "body").text
+
+
+def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 90.0) -> str:
+    """Wait until the page shows every one of the texts, and return all it shows."""
+
+    deadline = time.monotonic() + seconds
+    while missing := [text for text in texts if text not in (page := text_of(browser))]:
+        assert time.monotonic() < deadline, f"{missing} not on the page:\n{page}"
+        time.sleep(0.3)
+    return page

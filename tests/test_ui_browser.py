@@ -1,0 +1,111 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from urllib.error import URLError
+from urllib.parse import quote
+from urllib.request import urlopen
+
+import pytest
+from browser import chromium, wait_for_texts
+from test_tracking import PGD, begin, epoch, free_port, interval, recipe, record, stage
+
+from arae.mirror import CARD, PENDING
+from arae.records import Model
+from arae.tracking import Tracker
+
+pytestmark = [
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:mlflow"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:sqlalchemy"),
+    pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
+]
+
+SERVE = """
+import sys
+from pathlib import Path
+from arae.tracking import ui
+sys.exit(ui(Path(sys.argv[1]), port=int(sys.argv[2])))
+"""
+
+
+def train(tracker: Tracker, eps: float, psnr: float, robust: float) -> None:
+    tracker(stage("started"))
+    for step in range(10, 60, 10):
+        tracker(interval(step, psnr / step))
+    tracker(epoch(1, {"loss": 0.5, "robust_accuracy": robust}))
+    tracker(stage("finished"))
+    model = Model(encoder="small-cnn", train_norm="l2", train_eps=eps)
+    tracker.log_records([record("psnr", psnr, model=model), record("robust_accuracy", robust, threat=PGD, model=model)])
+
+
+def test_the_pages_compare_the_runs_of_a_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    names = ["demo/eps-0", "demo/eps-1.5"]
+    with begin(tmp_path, recipe("demo")) as parent:
+        for name, eps, psnr, robust in zip(names, (0.0, 1.5), (21.375, 23.625), (0.125, 0.625), strict=True):
+            child = begin(tmp_path, recipe(name), parent="demo")
+            train(child, eps, psnr, robust)
+            assert child.close(timeout=90)
+        assert parent.close(timeout=90)
+    # One more number that MLflow missed: the pages show it all the same.
+    pending = tmp_path / names[0] / PENDING
+    pending.write_text(json.dumps({"op": "metrics", "step": 0, "time": 1, "values": {"final/late": 4.5}}) + "\n")
+    runs = [json.loads((tmp_path / name / CARD).read_text())["run_id"] for name in names]
+
+    port = free_port()
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVE, str(tmp_path), str(port)], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        wait_until_up(server, f"http://127.0.0.1:{port}/health")
+        assert not pending.exists()
+        with chromium(tmp_path / "profile") as browser:
+            browser.get(
+                f"http://127.0.0.1:{port}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments=%5B%221%22%5D"
+            )
+            values = ["21.375", "23.625", "0.125", "0.625", "4.5"]
+            metrics = ["final/psnr.reconstruction", "final/robust_accuracy.l2-1.5.pgd-50x5", "train_eps"]
+            try:
+                page = wait_for_texts(browser, [*names, *metrics, *values])
+            finally:
+                browser.save_screenshot(str(tmp_path / "compare.png"))
+        assert "demo/eps-1.5" in page
+        server.send_signal(signal.SIGINT)
+        server.wait(30)
+        assert server.stderr
+        assert f"http://127.0.0.1:{port}" in server.stderr.read()
+        wait_until_down(port)
+    finally:
+        if server.poll() is None:
+            os.kill(server.pid, signal.SIGTERM)
+            server.wait(30)
+        if server.stderr:
+            server.stderr.close()
+
+
+def wait_until_up(server: subprocess.Popen[str], url: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, server.stderr and server.stderr.read()
+        assert time.monotonic() < deadline
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.3)
+
+
+def wait_until_down(port: int) -> None:
+    """Nothing of the server may stay behind."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                time.sleep(0.3)
+        except (URLError, OSError):
+            return
+    pytest.fail("the server outlived the command")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +49,41 @@ class Networks:
         self.recipe, self.shape, self.layer = recipe, shape, recipe.encoder.layer
         self.encoder: Encoder = create_encoder(recipe.encoder.name, max(num_classes, 2), shape[0], shape[1])
         self.feature_shape = self.encoder.feature_shape(shape, self.layer)
-        self.classify = passes(self.encoder, shape)
         self.decoder: nn.Module | None = None
         self.discriminator: nn.Module | None = None
         if part := recipe.decoder:
             self.decoder = create_decoder(part.name, feature_shape=self.feature_shape, image_shape=shape)
-            self.tap = passes(_Tap(self.encoder, self.layer), shape)
-            self.generate = passes(self.decoder, self.feature_shape)
             if part.losses.adversarial:
                 made = create_discriminator(part.name, feature_shape=self.feature_shape, image_shape=shape)
                 self.discriminator = made
-                self.judge = passes(_Judge(made, self.feature_shape, times=1), shape)
-                self.judge_both = passes(_Judge(made, self.feature_shape, times=2), shape)
+
+    @cached_property
+    def classify(self) -> Passes:
+        """The whole encoder."""
+        return passes(self.encoder, self.shape)
+
+    @cached_property
+    def tap(self) -> Passes:
+        """The encoder up to its tap."""
+        return passes(_Tap(self.encoder, self.layer), self.shape)
+
+    @cached_property
+    def generate(self) -> Passes:
+        """The decoder."""
+        assert self.decoder is not None
+        return passes(self.decoder, self.feature_shape)
+
+    @cached_property
+    def judge(self) -> Passes:
+        """The discriminator on one image."""
+        assert self.discriminator is not None
+        return passes(_Judge(self.discriminator, self.feature_shape, times=1), self.shape)
+
+    @cached_property
+    def judge_both(self) -> Passes:
+        """The discriminator on an image and its reconstruction, their features once."""
+        assert self.discriminator is not None
+        return passes(_Judge(self.discriminator, self.feature_shape, times=2), self.shape)
 
     def listed(self) -> Iterator[Network]:
         """Each network with its size."""

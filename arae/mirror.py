@@ -72,6 +72,7 @@ class Sender:
 
     def __init__(self, folder: Path, runs_root: Path, note: Note = log_note) -> None:
         self.folder, self.root, self.note = folder.absolute(), runs_root.absolute(), note
+        self.uri = tracking_uri(self.root)
         self.journal = Journal(folder / PENDING)
         self._client: MlflowClient | None = None
         self._run_id: str | None = None
@@ -173,7 +174,7 @@ class Sender:
             from mlflow import MlflowClient
 
             with held(self.root / LOCK):  # two processes must not make the tables of one SQLite file at once
-                client = MlflowClient(tracking_uri(self.root))
+                client = MlflowClient(self.uri)
                 client.search_experiments(max_results=1)
             self._client = client
         return self._client
@@ -208,7 +209,7 @@ class Sender:
 
     def _parent_id(self, parent: str, experiment: str) -> str:
         sender = Sender(self.root / parent, self.root, self.note)
-        sender._client = self._client
+        sender.uri, sender._client = self.uri, self._client
         with held(sender.folder / LOCK):
             card = Card.load(sender.folder / CARD)
             if card.run_id and sender._is_active(card.run_id):
@@ -223,7 +224,7 @@ class Sender:
         found = client.get_experiment_by_name(card.experiment)
         if found is None:
             # Only a server knows where its artifacts belong; a bare database would put them in the working directory.
-            ours = not tracking_uri(self.root).startswith(("http:", "https:", "databricks", "uc"))
+            ours = not self.uri.startswith(("http:", "https:", "databricks", "uc"))
             try:
                 return client.create_experiment(card.experiment, (self.root / "mlartifacts").as_uri() if ours else None)
             except MlflowException as error:

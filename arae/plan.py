@@ -63,7 +63,7 @@ class Plan:
         out += [f"{f'{n.role} {n.name}':<34}{n.parameters:>14,}{si(n.flops):>18}" for n in self.networks]
         out += ["", f"{'stage':<34}{'images':>14}{'FLOPs an image':>18}{'images/s':>12}{'time':>10}{'memory':>12}"]
         for stage in self.stages:
-            speed, took = f"{stage.per_second:,.0f}" if stage.images else "-", duration(stage.hours)
+            speed, took = _rate(stage.per_second) if stage.images else "-", duration(stage.hours)
             row = f"{stage.name:<34}{stage.images:>14,}{si(stage.flops):>18}{speed:>12}{took:>10}"
             out.append(row + f"{binary(sum(stage.memory.values())):>12}")
         largest = max(self.stages, key=lambda stage: sum(stage.memory.values()))
@@ -117,7 +117,8 @@ def plan(
     assumptions = (
         f"speed: encoder and decoder measured now on {_device_name(device)} in {engine.precision}{each}; loading, "
         "augmentation and waiting for other workers come on top",
-        f"time: in proportion to the workers (here {workers}); evaluation runs in one process, with every restart counted",
+        f"time: in proportion to the workers (here {workers}), on a machine as busy as now; evaluation runs in one "
+        "process, with every restart counted",
         "memory: activations in float32 (bf16 and fp16: about half); what kernels and the allocator need comes on top",
     )
     return Plan(tuple(networks.listed()), tuple(stages), networks.disk(), assumptions)
@@ -158,7 +159,8 @@ def _speeds(networks: Networks, engine: Engine, threads: int | None) -> tuple[fl
 def measured(network: nn.Module, shape: Shape, most: int, engine: Engine) -> float:
     """Inputs a second through forward and backward, on the engine's device and in its precision; takes seconds.
 
-    The batch has at most `most` inputs, and is chosen to take about half a second; the best of three counts.
+    The batch has at most `most` inputs, and is chosen to take about half a second; the best of three counts
+    (where four inputs take longer than that, one pass of four).
     """
     placed = engine.place(network).train()
 
@@ -175,8 +177,10 @@ def measured(network: nn.Module, shape: Shape, most: int, engine: Engine) -> flo
 
     few = min(4, most)
     seconds(few)  # the first pass also loads kernels
-    batch = max(few, min(most, int(few * _SECONDS / seconds(few))))
-    return batch / min(seconds(batch) for _ in range(3))
+    took = seconds(few)
+    batch = max(few, min(most, int(few * _SECONDS / took)))
+    repeats = 3 if took < _SECONDS else 1
+    return batch / min(seconds(batch) for _ in range(repeats))
 
 
 def _counted(recipe: Recipe, split: str) -> tuple[int, Shape, int, str]:
@@ -227,6 +231,10 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"this {device.type.upper()} ({platform.machine()})"
+
+
+def _rate(per_second: float) -> str:
+    return f"{per_second:,.0f}" if per_second >= 100 else f"{per_second:.2g}"
 
 
 def si(number: float) -> str:

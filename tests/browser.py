@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
-from selenium.webdriver.common.by import By
 
 FLAGS = (
     "--headless=new",
@@ -21,19 +20,18 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
-    "--window-size=1400,1000",
 )
 
 
 @contextmanager
-def chromium(profile: Path) -> Iterator[Chrome]:
-    """A browser with a fresh profile in the (empty) folder `profile`; skips the test where Chromium isn't installed."""
+def chromium(profile: Path, *, height: int = 1000) -> Iterator[Chrome]:
+    """A browser with a fresh profile in the folder `profile`, `height` pixels high; skips the test without Chromium."""
     paths = [shutil.which("chromium"), shutil.which("chromedriver")]
     if None in paths:
         pytest.skip("needs chromium and chromedriver (Debian: apt install chromium chromium-driver)")
     options = ChromeOptions()
     options.binary_location = str(paths[0])
-    for flag in (*FLAGS, f"--user-data-dir={profile}"):
+    for flag in (*FLAGS, f"--window-size=1400,{height}", f"--user-data-dir={profile}"):
         options.add_argument(flag)
     browser = Chrome(options=options, service=Service(executable_path=str(paths[1])))
     try:
@@ -44,11 +42,11 @@ def chromium(profile: Path) -> Iterator[Chrome]:
 
 
 def text_of(browser: Chrome) -> str:
-    """What a reader of the page can read."""
-    return browser.find_element(By.TAG_NAME, "body").text
+    """What a reader of the page can read, scrolling where needed."""
+    return browser.execute_script("return document.body ? document.body.innerText : ''")
 
 
-def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 90.0) -> str:
+def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 60.0) -> str:
     """Wait until the page shows every one of the texts, and return all it shows."""
 
     deadline = time.monotonic() + seconds

@@ -59,6 +59,11 @@ def fashion_mnist() -> Path:
 
 @pytest.fixture
 def tiny_npz(tmp_path: Path) -> Path:
+    """See `make_tiny_npz`."""
+    return make_tiny_npz(tmp_path)
+
+
+def make_tiny_npz(folder: Path) -> Path:
     """`images` uint8 [96,16,16,3] and `labels` int64 [96]: blobs of light whose place tells the class (of three)."""
     random = np.random.default_rng(0)
     labels = np.arange(96) % 3
@@ -67,7 +72,7 @@ def tiny_npz(tmp_path: Path) -> Path:
     distance = ((grid[None] - centres[:, None, None]) ** 2).sum(-1)
     blob = np.exp(-distance / (2 * random.uniform(2, 3, (96, 1, 1)) ** 2))[..., None]
     images = 40 + 200 * blob * random.uniform(0.6, 1, (96, 1, 1, 3))
-    path = tmp_path / "tiny.npz"
+    path = folder / "tiny.npz"
     np.savez(path, images=images.round().astype(np.uint8), labels=labels)
     return path
 

@@ -213,6 +213,16 @@ def test_a_disk_that_fills_up_while_writing(folder, tmp_path, monkeypatch, worke
     assert [path.name for path in tmp_path.iterdir() if "beton" in path.name] == [".x.beton.lock"]
 
 
+def test_an_image_that_goes_away_while_writing(folder, tmp_path):
+    def remove(what, done, total):
+        if what == "checking" and done == total:
+            (folder / "cat" / "3.png").unlink()
+
+    with pytest.raises(InputError, match="an image changed while it was read"):
+        encode(str(folder), tmp_path / "x.beton", EncodeOptions(split="all"), remove)
+    assert not (tmp_path / "x.beton").exists()
+
+
 def test_killed_in_the_middle_nothing_half_is_there(folder, tmp_path):
     script = (
         "import sys, time; from pathlib import Path; from arae.data import sources; from arae.data.encode import *\n"

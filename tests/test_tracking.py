@@ -523,6 +523,7 @@ def test_a_server_that_comes_back_gets_all_of_it_meanwhile(
     tracker(interval(1, 1.0))
     wait_for(lambda: bool(tracker._note))  # type: ignore[arg-type]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    tracker._sender.uri = tracking_uri(root)
     wait_for(lambda: not tracker._journal.path.exists())
     wait_for(lambda: len(tracker._note) == 2)  # type: ignore[arg-type]
     assert "answers again" in tracker._note[1]  # type: ignore[index]

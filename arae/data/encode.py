@@ -20,6 +20,7 @@ from pydantic import Field
 from arae.config import Count, Part, digest_of
 from arae.data import beton, ffcv_io, ffcv_write
 from arae.data.beton import Manifest, manifest_path
+from arae.data.images import UnusableImageError
 from arae.data.sources import Found, Survey, find, survey
 from arae.errors import InputError
 from arae.runs import write_text
@@ -80,6 +81,10 @@ def encode(source: str, dest: Path, options: EncodeOptions, progress: Progress |
                 return ready
             ffcv_io.need_ffcv(f"encoding to {dest}")
             return _write(source, found, dest, options, fingerprint, tell)
+    except UnusableImageError as error:
+        raise InputError(
+            f"{source}: an image changed while it was read ({error}); run the same command again"
+        ) from None
     except OSError as error:
         raise InputError(
             f"{dest}: can't be written ({error.strerror or error}); make room, or choose another place"

@@ -116,6 +116,9 @@ def _in_threads(
         except BaseException as error:  # noqa: BLE001 -- raised again by the caller
             errors.append(error)
             failed.set()
+        finally:
+            if hasattr(allocator, "fp"):  # FFCV leaves it open where the last page can't be written
+                allocator.fp.close()
 
     threads = []
     for _ in range(writer.num_workers):

@@ -40,7 +40,7 @@ def train(
     same call goes on, AraeError where training fails.
     """
     with full_disk(folder):
-        source = open_source(recipe.data, "train", device)
+        source = open_source(recipe.data, "train", device, seed=recipe.seed)
         if len(source.classes) < 2:
             raise InputError(
                 f"data.train: {len(source.classes)} class; an encoder needs two or more (one folder a class)"

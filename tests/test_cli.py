@@ -1,0 +1,143 @@
+"""The command line: one line for what is wrong, the promised exit codes, no traceback."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from training import tiny_recipe
+
+from arae.config import dump_recipe
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def refused(done: subprocess.CompletedProcess[str], *said: str, code: int = 2) -> None:
+    """Ended with the code and one line on stderr that says all of this."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith("arae: ")]
+    assert done.returncode == code, done.stderr
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
+    for part in said:
+        assert part in lines[0]
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path, tiny_npz: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(dump_recipe(tiny_recipe(tiny_npz)))
+    return path
+
+
+@pytest.fixture
+def beton(tmp_path: Path, tiny_npz: Path) -> Path:
+    """The tiny images as a real .beton file."""
+    from arae.data.encode import EncodeOptions, encode
+
+    path = tmp_path / "tiny.beton"
+    encode(str(tiny_npz), path, EncodeOptions(split="all", workers=1))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["validate", "demo", "encoder.attack.epss=1"], ["encoder.attack.epss", "did you mean encoder.attack.eps?"]),
+        (["validate", "demmo"], ["demmo", "did you mean 'demo'?"]),
+        (["train", "demo", "encoder.attack.norm=null", "map=null"], ["encoder.attack", "1.5", "norm"]),
+        (["train", "demo", "encoder.attack.eps=-1"], ["encoder.attack.eps", "-1", "negative"]),
+        (["train", "demo", "--workers", "0"], ["--workers 0", "at least 1"]),
+        (["train", "demo", "--address", "auto"], ["--address auto", "--workers"]),
+        (["train", "demo", "--device", "cuda:99"], ["cuda:99", "CUDA devices"]),
+        (["train", "demo", "data.train=nowhere.beton"], ["data.train", "nowhere.beton", "arae encode"]),
+        (["evaluate", "demo", "name=never-trained"], ["never-trained", "arae train"]),
+        (["reconstruct", "nowhere", "x.png"], ["nowhere", "arae train"]),
+        (["ls", "nothing"], ["nothing", "recipes"]),
+        (["encode", "nowhere", "x.beton"], ["nowhere"]),
+        (["encode", "nowhere", "x.beton", "modus=raw"], ["modus", "did you mean mode?"]),
+        (["report", "nowhere"], ["nowhere"]),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run_arae: Run, arguments: list[str], said: list[str]) -> None:
+    refused(run_arae(*arguments), *said)
+
+
+def test_a_truncated_beton_is_refused_before_training(run_arae: Run, recipe_file: Path, beton: Path) -> None:
+    data = beton.read_bytes()
+    beton.write_bytes(data[: len(data) // 2])
+    refused(run_arae("train", recipe_file, f"data.train={beton}"), "data.train", "tiny.beton")
+
+
+def test_labels_out_of_range_are_refused(run_arae: Run, recipe_file: Path, beton: Path) -> None:
+    manifest = beton.with_name(beton.name + ".json")
+    document = json.loads(manifest.read_text())
+    document["classes"] = document["classes"][:2]
+    manifest.write_text(json.dumps(document))
+    refused(run_arae("train", recipe_file, f"data.train={beton}"), "data.train", "label")
+
+
+def on_a_small_disk(size: str, folder: Path, command: list[object]) -> subprocess.CompletedProcess[str]:
+    """Run a command with `folder` on a file system of its own that holds so much; skips where that isn't allowed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces (unshare -Urm) for a small disk")
+    script = 'mount -t tmpfs -o size="$0" tmpfs "$1" && shift && exec "$@"'
+    whole = ["unshare", "-Urm", "sh", "-c", script, size, str(folder), *map(str, command)]
+    return subprocess.run(whole, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(("size", "code", "said"), [("64k", 2, "make room"), ("5m", 75, "same command")])
+def test_a_full_disk_is_one_line(tmp_path: Path, recipe_file: Path, size: str, code: int, said: str) -> None:
+    """64 KiB: no state ever fits. 5 MiB: the encoder's states fit, the decoder's do not."""
+    runs = Path(os.environ["ARAE_RUNS"])
+    command = [sys.executable, "-m", "arae", "train", recipe_file]
+    refused(on_a_small_disk(size, runs, command), "disk is full", said, code=code)
+
+
+@pytest.mark.integration
+def test_train_evaluate_reconstruct_report(run_arae: Run, recipe_file: Path, tiny_npz: Path, tmp_path: Path) -> None:
+    """The everyday way, whole commands on a tiny set."""
+    run = Path(os.environ["ARAE_RUNS"]) / "tiny"
+    assert "valid" in run_arae("validate", recipe_file).stdout
+    trained = run_arae("train", recipe_file)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stderr.count("decoder 7/7") == 1  # told once
+    assert "images/s" in (run / "log.txt").read_text()
+    again = run_arae("train", recipe_file)
+    assert again.returncode == 0
+    assert "encoder 1/7" not in again.stderr
+
+    measured = run_arae("evaluate", recipe_file)
+    assert measured.returncode == 0, measured.stderr
+    records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
+    assert {r["metric"] for r in records} == {"clean_accuracy", "robust_accuracy", "psnr", "ssim"}
+    assert all(r["n"] == 96 and r["hardware"]["world_size"] == 1 for r in records)
+    under = [r for r in records if r["metric"] == "psnr" and r["protocol"] == "reconstruction"]
+    assert [r["threat"] and r["threat"]["eps"] for r in under] == [None, 0.5]
+
+    photo = tmp_path / "photo.png"
+    Image.fromarray(np.load(tiny_npz)["images"][0]).resize((40, 30)).save(photo)
+    shown = run_arae("reconstruct", run, photo, "--out", tmp_path / "out")
+    assert shown.returncode == 0, shown.stderr
+    assert Image.open(tmp_path / "out" / "photo.png").size == (2 * 16 + 2, 16)
+    assert run_arae("report", run).returncode == 0
+    assert "<table" in (run / "report.html").read_text()
+    assert "tiny" in run_arae("ls", "runs").stdout
+
+
+def test_ls_show_plan_doctor_answer(run_arae: Run, recipe_file: Path) -> None:
+    for what in ("recipes", "data", "encoders", "decoders", "discriminators", "metrics", "runs"):
+        assert run_arae("ls", what).returncode == 0
+    assert "encoder.attack.eps" in run_arae("show").stdout
+    assert "eps: 0.25" in run_arae("show", recipe_file, "encoder.attack.eps=0.25").stdout
+    planned = run_arae("plan", recipe_file)
+    assert planned.returncode == 0, planned.stderr
+    assert "FLOP" in planned.stdout
+    assert run_arae("doctor").returncode == 0

@@ -1,0 +1,287 @@
+"""Training steps against plain PyTorch, and runs that stop and go on."""
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_tiny_npz
+from training import BATCH, tiny_recipe, weights
+
+from arae.attacks import Threat, pgd
+from arae.config import Recipe
+from arae.data.augment import augment
+from arae.data.load import open_source, stream
+from arae.errors import AraeError, InputError, Stopped
+from arae.launch import refuse_another
+from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
+from arae.runs import RunFolder
+from arae.seeds import mix
+from arae.train.decoder import DecoderTrainer
+from arae.train.encoder import EncoderTrainer
+from arae.train.engine import Engine
+from arae.train.micro import Micro
+from arae.train.run import train
+from arae.train.state import list_states
+
+CPU = torch.device("cpu")
+
+
+def micros(count: int, size: int = 8) -> list[Micro]:
+    """Random micro-batches of 16-px images in three classes."""
+    torch.manual_seed(1)
+    return [Micro(torch.rand(size, 3, 16, 16), torch.randint(0, 3, (size,)), i) for i in range(count)]
+
+
+def networks(recipe: Recipe) -> tuple[Encoder, torch.nn.Module, torch.nn.Module]:
+    """Encoder, generator, discriminator for 16-px images."""
+    torch.manual_seed(0)
+    encoder = create_encoder("small-cnn", 3, 3, 16)
+    shape = encoder.feature_shape((3, 16, 16))
+    return encoder, create_decoder("mirror", shape, (3, 16, 16)), create_discriminator("mirror", shape, (3, 16, 16))
+
+
+@pytest.mark.parametrize(("eps", "count"), [(0.0, 1), (0.0, 2), (0.5, 1), (0.5, 2)])
+def test_an_encoder_step_is_plain_sgd_on_attacked_images(tiny_npz: Path, eps: float, count: int) -> None:
+    recipe = tiny_recipe(
+        tiny_npz, encoder__attack__eps=eps, encoder__attack__random_start=False, encoder__schedule__kind="constant"
+    ).replace({"encoder.schedule.warmup": 0.0, "encoder.momentum": 0.9})
+    model = networks(recipe)[0]
+    plain = copy.deepcopy(model).to(memory_format=torch.channels_last)  # the same kernels: a ReLU at zero is a coin
+    trainer = EncoderTrainer(recipe, model, Engine(CPU, "fp32"), total=10)
+    optimizer = torch.optim.SGD(plain.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
+    for step in range(3):
+        trainer.step(step, micros(count))
+        x, y = (torch.cat([getattr(m, part) for m in micros(count)]) for part in ("images", "labels"))
+        x_adv = pgd(plain, x, y, Threat("l2", eps), steps=2)
+        optimizer.zero_grad()
+        F.cross_entropy(plain(x_adv), y, label_smoothing=0.1).backward()
+        optimizer.step()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_radius_zero_is_exactly_standard_training(tiny_npz: Path) -> None:
+    made = []
+    for attack in ({"norm": "l2", "eps": 0.0, "steps": 7}, {"norm": None, "eps": 0.0, "steps": 1}):
+        recipe = tiny_recipe(tiny_npz, encoder__attack=attack)
+        trainer = EncoderTrainer(recipe, networks(recipe)[0], Engine(CPU, "fp32"), total=10)
+        for step in range(2):
+            trainer.step(step, micros(2))
+        made.append(trainer.exported())
+    assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
+
+
+def plain_gan_step(
+    part: Recipe, encoder: Encoder, g: torch.nn.Module, d: torch.nn.Module, x: torch.Tensor, optimizers: list
+) -> None:
+    """Eqs. 3 to 7 as one would write them first: everything recomputed, no graph shared."""
+    losses = part.decoder.losses
+    with torch.no_grad():
+        z = encoder.features(x)
+    d_optimizer, g_optimizer = optimizers
+    d_optimizer.zero_grad()
+    ones, zeros = torch.ones(len(x)), torch.zeros(len(x))
+    both = d(torch.cat([x, g(z).detach()]), z)
+    bce = F.binary_cross_entropy_with_logits
+    (bce(both[: len(x)], ones) + bce(both[len(x) :], zeros)).backward()
+    d_optimizer.step()
+    g_optimizer.zero_grad()
+    again = g(z)
+    total = losses.pixel * F.l1_loss(again, x) + losses.feature * F.mse_loss(encoder.features(again), z)
+    (total + losses.adversarial * bce(d(again, z), ones)).backward()
+    g_optimizer.step()
+
+
+def test_a_decoder_step_is_the_plain_gan_step(tiny_npz: Path) -> None:
+    recipe = tiny_recipe(tiny_npz, decoder__schedule={"kind": "constant"})
+    encoder, generator, discriminator = networks(recipe)
+    plain_g, plain_d = copy.deepcopy(generator), copy.deepcopy(discriminator)
+    trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
+    optimizers = [
+        torch.optim.Adam(plain_d.parameters(), recipe.decoder.discriminator_lr, (0.0, 0.9)),
+        torch.optim.Adam(plain_g.parameters(), recipe.decoder.lr, (0.0, 0.9)),
+    ]
+    for step in range(3):
+        trainer.step(step, micros(1))
+        plain_gan_step(recipe, encoder, plain_g, plain_d, micros(1)[0].images, optimizers)
+    for ours, theirs in ((generator, plain_g), (discriminator, plain_d)):
+        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_each_gradient_reaches_its_network_and_no_other(tiny_npz: Path, count: int) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    encoder, generator, discriminator = networks(recipe)
+    encoder.train()
+    trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
+    before = {k: v.clone() for k, v in encoder.state_dict().items()}
+    assert not encoder.training
+    generator.train()
+    trainer.buffers.begin()
+    batch = micros(count)
+    features = [trainer._encode(m.images) for m in batch]
+    once = trainer._reconstruct(features[0]) if count == 1 else None
+
+    trainer._discriminator_step(0, batch, features, once)
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in discriminator.parameters())
+    assert all(p.grad is None for p in (*generator.parameters(), *encoder.parameters()))
+
+    theirs = [p.grad.clone() for p in discriminator.parameters()]
+    trainer._generator_step(0, batch, features, once)
+    assert all(p.grad is not None for p in generator.parameters())
+    assert sum(p.grad.abs().sum() for p in generator.parameters()) > 0
+    assert all(torch.equal(p.grad, was) for p, was in zip(discriminator.parameters(), theirs, strict=True))
+    assert all(p.grad is None for p in encoder.parameters())
+    assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize("term", ["pixel", "feature", "adversarial"])
+def test_every_loss_moves_the_generator(tiny_npz: Path, term: str) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    encoder, generator, discriminator = networks(recipe)
+    trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
+    discriminator.requires_grad_(False)
+    x = micros(1)[0].images
+    z = trainer._encode(x)
+    loss = trainer._terms(x, z, trainer._reconstruct(z))[term]
+    gradients = torch.autograd.grad(loss, list(generator.parameters()))
+    assert all(torch.isfinite(g).all() for g in gradients)
+    assert sum(g.abs().sum() for g in gradients) > 0
+
+
+def test_spectral_vectors_and_batch_statistics_do_not_depend_on_how_a_step_is_cut(tiny_npz: Path) -> None:
+    """Four equal micro-batches leave the running statistics that one of them would."""
+    recipe = tiny_recipe(tiny_npz)
+    states = []
+    for count in (1, 4):
+        encoder, generator, discriminator = networks(recipe)
+        trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
+        one = micros(1)[0]
+        trainer.step(0, [Micro(one.images, one.labels, i) for i in range(count)])
+        states.append({**generator.state_dict(), **{f"d.{k}": v for k, v in discriminator.state_dict().items()}})
+    moving = [k for k in states[0] if "running" in k or k.endswith(("_u", "_v"))]
+    assert moving
+    for key in moving:
+        torch.testing.assert_close(states[0][key], states[1][key], atol=1e-6, rtol=1e-5)
+
+
+class StopAt:
+    """Asks for a stop once the loop has asked so many times."""
+
+    def __init__(self, asks: int) -> None:
+        self.left = asks
+
+    def __call__(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+
+def trained(recipe: Recipe, path: Path, stop: object = None) -> RunFolder:
+    folder = RunFolder(path)
+    folder.create(recipe)
+    train(recipe, folder, CPU, stop=stop or (lambda: False))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The weights of the tiny recipe, trained without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    return weights(trained(tiny_recipe(make_tiny_npz(folder)), folder / "run"))
+
+
+@pytest.mark.parametrize("asks", [1, 4, 9, 12])
+def test_a_stopped_run_ends_bit_for_bit_where_it_would_have(
+    tiny_npz: Path, tmp_path: Path, whole: dict[str, bytes], asks: int
+) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        trained(recipe, tmp_path / "cut", StopAt(asks))
+    assert list_states((tmp_path / "cut" / "state"))
+    cut = trained(recipe, tmp_path / "cut")
+    assert weights(cut) == whole
+    assert list(whole) == ["decoder.safetensors", "encoder.safetensors"]
+    assert not list_states(cut.state)
+
+
+@pytest.mark.parametrize("damage", ["flip a byte", "cut short", "remove"])
+def test_a_damaged_state_is_told_and_the_one_before_is_used(
+    tiny_npz: Path, tmp_path: Path, whole: dict[str, bytes], damage: str
+) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    with pytest.raises(Stopped):
+        trained(recipe, tmp_path / "run", StopAt(4))
+    folder = RunFolder(tmp_path / "run")
+    old, new = list_states(folder.state)
+    assert (old.step, new.step) == (3, 5)
+    path = folder.state / new.file
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    if damage == "remove":
+        path.unlink()
+    else:
+        path.write_bytes(data if damage == "flip a byte" else data[:100])
+    trained(recipe, folder.path)
+    notes = [e["text"] for e in map(json.loads, folder.log.read_text().splitlines()) if e["event"] == "note"]
+    assert any(new.file in note for note in notes)
+    assert any("at step 3" in note for note in notes)
+    assert weights(folder) == whole
+
+
+def test_another_recipe_is_refused_with_the_difference(tiny_npz: Path, tmp_path: Path) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    folder = trained(recipe, tmp_path / "run")
+    refuse_another(recipe, folder)
+    refuse_another(recipe.replace({"evaluate.n": 5, "state.every": 2}), folder)
+    with pytest.raises(InputError, match=r"encoder\.lr = 0\.05 there, 0\.2 here"):
+        refuse_another(recipe.replace({"encoder.lr": 0.2}), folder)
+    with pytest.raises(InputError, match="trained by another recipe"):
+        train(recipe.replace({"decoder.lr": 0.2}), folder, CPU)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(tiny_npz: Path, tmp_path: Path) -> None:
+    with pytest.raises(AraeError, match=r"loss is (nan|inf).*lower encoder\.lr"):
+        trained(tiny_recipe(tiny_npz, encoder__lr=1e30), tmp_path / "run")
+
+
+def test_workers_that_cannot_share_the_batch_are_told_how() -> None:
+    engine = Engine(CPU, "fp32")
+    engine.size, engine.rank = 3, 1
+    with pytest.raises(InputError, match=r"encoder\.micro_batch"):
+        engine.share(4, "encoder")
+    assert engine.share(6, "encoder") == range(2, 4)
+
+
+def test_the_data_order_is_that_of_the_stream(tiny_npz: Path) -> None:
+    """What the loop feeds is the addressed stream, augmented by address: batch 5 can be told without batches 0 to 4."""
+    from arae.train.loop import Fit, micro_batches
+    from arae.train.log import Log
+
+    recipe = tiny_recipe(tiny_npz)
+    source = open_source(recipe.data, "train", CPU)
+    folder = RunFolder(tiny_npz.parent)
+    run = Fit(
+        recipe,
+        recipe.encoder,
+        folder,
+        source,
+        Engine(CPU, "fp32"),
+        Log(folder, None, active=False),
+        12,
+        lambda step: {},
+        lambda: False,
+    )
+    seed = mix(recipe.seed, "order", "encoder")
+    ids = torch.from_numpy(stream(source.n, BATCH, seed, 5, 6)).reshape(2, BATCH // 2)
+    made = list(micro_batches("encoder", run, 5))[:2]
+    everything = list(micro_batches("encoder", run, 0))[10:12]
+    for row, micro, late in zip(ids, made, everything, strict=True):
+        raw = next(iter(source.batches(row[None].numpy())))
+        wanted = augment(raw, row, recipe.data.augment, recipe.data.pad, mix(recipe.seed, "augment", "encoder"))
+        assert torch.equal(micro.images, wanted)
+        assert torch.equal(late.images, wanted)
+        assert torch.equal(micro.labels, source.labels[row % source.n])

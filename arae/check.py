@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from arae.config import Recipe
-from arae.data.load import open_source
+from arae.data.load import describe
 from arae.errors import InputError
 from arae.models import create_decoder, create_encoder
 from arae.train.engine import resolve_precision
@@ -23,9 +23,9 @@ def check(recipe: Recipe) -> Iterator[str]:
         if getattr(recipe.data, split) is None:
             yield f"data.{split}: not named yet, so not checked"
             continue
-        source = open_source(recipe.data, split, torch.device("cpu"))
-        classes, shape = len(source.classes), source.shape
-        yield f"data.{split}: {source.n} images {shape}, {classes} classes"
+        found = describe(recipe.data, split)
+        classes, shape = len(found.classes), found.shape
+        yield f"data.{split}: {found.n} images {shape}, {classes} classes"
     encoder = create_encoder(
         recipe.encoder.name, num_classes=max(classes, 2), in_channels=shape[0], image_size=shape[1]
     )

@@ -139,7 +139,10 @@ def train(
 ) -> None:
     """Train the recipe's encoder, then its decoder; a run that was stopped or killed goes on."""
     loaded, where = load_recipe(recipe, overrides or ()), _where(workers, address, device)
+    from arae.check import check
     from arae.session import session
+
+    list(check(loaded))  # what can't be trained is said before there is a run
 
     with session(loaded) as run:
         run.train(where)
@@ -150,8 +153,11 @@ def train(
 def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = None) -> None:
     """Measure a trained run on held-out images, into records."""
     loaded = load_recipe(recipe, overrides or ())
+    from arae.models.autoencoder import load_autoencoder
     from arae.report import summary
     from arae.session import session
+
+    load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
 
     with session(loaded) as run:
         records = run.evaluate(_where(None, None, device).torch_device())

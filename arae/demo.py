@@ -23,7 +23,7 @@ PICTURES = 10
 
 
 def demo(recipe: Recipe, where: Where) -> RunFolder:
-    """Encode, train and evaluate one trip a radius of `recipe.map`, and write the report; what is done is not done again.
+    """Encode, train and evaluate one trip a radius of `recipe.map`, then report; what is trained is not trained again.
 
     Returns the parent run folder, with `report.html`, `map.png`, `reconstructions.png` and every record.
     """
@@ -114,13 +114,13 @@ def grid(recipe: Recipe, trips: list[Recipe]) -> Grid:
         chosen = torch.from_numpy(pick(labels.numpy()))
         originals, y = to_float(images[chosen]), labels[chosen]
         eps = one.encoder.attack.eps
-        label = f"trained at ε = {eps:g}" if eps else "standard encoder (ε = 0)"
+        label = f"trained at ε = {eps:g}" if eps else "standard (ε = 0)"
         rows.append((label, model.reconstruct(originals)))
         if one.evaluate.attacks:
             attack = max(one.evaluate.attacks, key=lambda a: (a.eps, a.restarts == 1))
             generator = torch.Generator().manual_seed(one.seed)
             attacked = perturb(model.encoder, originals, y, attack, generator)
-            rows.append((f"{label}, attacked at ε = {attack.eps:g}", model.reconstruct(attacked)))
+            rows.append((f"{label}, attacked", model.reconstruct(attacked)))
     assert originals is not None
     return Grid(originals, rows)
 

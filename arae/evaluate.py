@@ -197,7 +197,8 @@ class Quality:
     """Per-image reconstruction metrics, batch by batch; what can't be measured is kept with its reason."""
 
     def __init__(self, net: metrics.Backbone | None, weights: str | None) -> None:
-        self.net, self.weights = net, weights
+        self.net: metrics.Backbone | None = net
+        self.weights = weights
         self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
         self.missing: dict[str, str] = {}
 

@@ -201,7 +201,7 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def tail(path: Path, listener: Callable[[Event], None], stop: threading.Event, *, offset: int | None = None) -> int:
+def tail(path: Path, listener: Callable[[dict[str, Any]], None], stop: threading.Event, *, offset: int | None = None) -> int:
     """Call `listener` with each event that is added to a `log.jsonl`, until `stop` is set; returns the offset reached.
 
     Begins at byte `offset`, by default at the present end; where others may write already, take the offset beforehand.
@@ -217,7 +217,7 @@ def tail(path: Path, listener: Callable[[Event], None], stop: threading.Event, *
         stop.wait(POLL)
 
 
-def _read_events(path: Path, listener: Callable[[Event], None], position: int) -> int:
+def _read_events(path: Path, listener: Callable[[dict[str, Any]], None], position: int) -> int:
     if _size(path) < position:
         position = 0
     try:

@@ -1,5 +1,6 @@
 """A run killed by SIGKILL goes on by the same command, and ends bit for bit where it would have (one worker, CPU)."""
 
+import itertools
 import json
 import os
 import signal
@@ -57,7 +58,7 @@ def test_sigkill_in_both_stages_costs_at_most_n_steps_and_no_bit(tmp_path: Path,
     assert len(resumed) == 2
     for stage, start in zip(("encoder", "decoder"), resumed, strict=True):
         told = steps_of(folder.log, stage)
-        killed_at = next(a for a, b in zip(told, told[1:], strict=False) if b <= a)
+        killed_at = next(a for a, b in itertools.pairwise(told) if b <= a)
         assert start > 0
         assert killed_at - start <= EVERY
 

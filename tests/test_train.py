@@ -201,7 +201,7 @@ def test_a_stopped_run_ends_bit_for_bit_where_it_would_have(
     recipe = tiny_recipe(tiny_npz)
     with pytest.raises(Stopped, match="the same command goes on"):
         trained(recipe, tmp_path / "cut", StopAt(asks))
-    assert list_states((tmp_path / "cut" / "state"))
+    assert list_states(tmp_path / "cut" / "state")
     cut = trained(recipe, tmp_path / "cut")
     assert weights(cut) == whole
     assert list(whole) == ["decoder.safetensors", "encoder.safetensors"]
@@ -258,8 +258,8 @@ def test_workers_that_cannot_share_the_batch_are_told_how() -> None:
 
 def test_the_data_order_is_that_of_the_stream(tiny_npz: Path) -> None:
     """What the loop feeds is the addressed stream, augmented by address: batch 5 can be told without batches 0 to 4."""
-    from arae.train.loop import Fit, micro_batches
     from arae.train.log import Log
+    from arae.train.loop import Fit, micro_batches
 
     recipe = tiny_recipe(tiny_npz)
     source = open_source(recipe.data, "train", CPU)

@@ -9,7 +9,7 @@ BATCH = 32
 
 
 def tiny_recipe(images: Path, **overrides: object) -> Recipe:
-    """Encoder by PGD-2 and decoder by pixel, feature and GAN losses on the images of an `.npz`; keys with __ for dots."""
+    """Encoder by PGD-2, decoder by pixel, feature and GAN losses, on an `.npz`; overrides with __ for dots."""
     document = {
         "name": "tiny",
         "seed": 3,

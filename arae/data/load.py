@@ -10,7 +10,7 @@ import os
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -85,16 +85,47 @@ def open_source(
 
     `seed` addresses random crops; `workers` are decoding threads (default: this process's share of the cores).
     """
-    key = f"data.{split}"
+    path = _named(data, split)
+    if path is None or path.suffix == ".npz":
+        return _resident(_arrays(path, data, split), data, split, device)
+    return _from_beton(path, data, split, device, seed=seed, workers=workers or default_workers())
+
+
+class Described(NamedTuple):
+    """What `open_source` would open."""
+
+    n: int
+    shape: tuple[int, int, int]
+    """C, H, W."""
+    classes: tuple[str, ...]
+
+
+def describe(data: Data, split: Literal["train", "test"]) -> Described:
+    """Check a split as `open_source` does, all but the pixels of a `.beton`; InputError likewise."""
+    path, key = _named(data, split), f"data.{split}"
+    if path is None or path.suffix == ".npz":
+        source = _resident(_arrays(path, data, split), data, split, torch.device("cpu"))
+        return Described(source.n, source.shape, source.classes)
+    file = beton.check(path, key)
+    n = len(limited(file.n, data.limit if split == "train" else None))
+    return Described(n, (_channels(file, data), *_output_size(file, data, key)), file.classes)
+
+
+def _named(data: Data, split: Literal["train", "test"]) -> Path | None:
     named = data.train if split == "train" else data.test
     if named is None:
-        return _resident(_catalogue_arrays(data, split, key), data, split, device)
+        return None
     path = Path(named)
     if not path.is_file():
-        raise InputError(f"{key}: {path} is not there; `arae encode {data.source or data.name} {path}` writes it")
-    if path.suffix == ".npz":
-        return _resident(arrays.read_npz(path, "all"), data, split, device)
-    return _from_beton(path, data, split, device, seed=seed, workers=workers or default_workers())
+        source = data.source or data.name
+        raise InputError(f"data.{split}: {path} is not there; `arae encode {source} {path}` writes it")
+    return path
+
+
+def _arrays(path: Path | None, data: Data, split: Literal["train", "test"]) -> Arrays:
+    if split == "train" and "crop" in data.augment:
+        raise InputError("data.augment: random crops are made while a .beton is decoded: encode one, or use shift")
+    return arrays.read_npz(path, "all") if path else _catalogue_arrays(data, split, f"data.{split}")
 
 
 def default_workers() -> int:
@@ -152,7 +183,7 @@ def _from_beton(
     key = f"data.{split}"
     file = beton.check(path, key)
     ffcv_io.need_ffcv(f"{key}: {path}")
-    channels = data.channels or file.channels or _catalogue_channels(data.name)
+    channels = _channels(file, data)
     height, width = _output_size(file, data, key)
     train = split == "train"
     crop = train and "crop" in data.augment
@@ -181,5 +212,6 @@ def _output_size(file: beton.Beton, data: Data, key: str) -> tuple[int, int]:
     return size, size
 
 
-def _catalogue_channels(name: str) -> int:
-    return catalog.DATASETS[name].channels if name in catalog.DATASETS else 3
+def _channels(file: beton.Beton, data: Data) -> int:
+    known = catalog.DATASETS[data.name].channels if data.name in catalog.DATASETS else 3
+    return data.channels or file.channels or known

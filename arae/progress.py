@@ -12,8 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from arae.journal import parsed
 from arae.runs import RunFolder
+from arae.tracking.journal import parsed
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -201,7 +201,9 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def tail(path: Path, listener: Callable[[dict[str, Any]], None], stop: threading.Event, *, offset: int | None = None) -> int:
+def tail(
+    path: Path, listener: Callable[[dict[str, Any]], None], stop: threading.Event, *, offset: int | None = None
+) -> int:
     """Call `listener` with each event that is added to a `log.jsonl`, until `stop` is set; returns the offset reached.
 
     Begins at byte `offset`, by default at the present end; where others may write already, take the offset beforehand.

@@ -1,4 +1,4 @@
-"""The demo, cut short: real Fashion-MNIST through FFCV, two Ray Train workers, two radii, the report in a real browser."""
+"""The demo, cut short: Fashion-MNIST through FFCV, two Ray Train workers, two radii, the report in a real browser."""
 
 import json
 import os

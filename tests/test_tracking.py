@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 
-from arae import mirror, tracking
 from arae.config import Recipe
 from arae.errors import InputError, Stopped
-from arae.journal import Card, Journal, is_better
-from arae.mirror import CARD, PENDING, Sender, batches, send_pending, tracking_uri
 from arae.records import Model, Record, Threat
 from arae.runs import RunFolder
-from arae.tracking import Tracker, metric_name, record_names, ui
+from arae.tracking import Tracker, metric_name, mirror, record_names, ui
+from arae.tracking import tracker as tracker_module
+from arae.tracking.journal import Card, Journal, is_better
+from arae.tracking.mirror import CARD, PENDING, Sender, batches, send_pending, tracking_uri
 
 pytestmark = [
     # What MLflow and its libraries warn of themselves on import and at the first use of a store.
@@ -518,7 +518,7 @@ def test_closing_waits_no_longer_than_it_is_told(root: Path, hanging: str, monke
 def test_a_server_that_comes_back_gets_all_of_it_meanwhile(
     root: Path, monkeypatch: pytest.MonkeyPatch, away: str
 ) -> None:
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.2)
+    monkeypatch.setattr(tracker_module, "LONGEST_PAUSE", 0.2)
     tracker = begin(root)
     tracker(interval(1, 1.0))
     wait_for(lambda: bool(tracker._note))  # type: ignore[arg-type]
@@ -596,7 +596,7 @@ def test_an_artifact_store_that_fails_does_not_hold_the_numbers_up(root: Path, m
         raise ModuleNotFoundError("No module named 'boto3'")
 
     monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
-    monkeypatch.setattr(tracking, "LONGEST_PAUSE", 0.05)
+    monkeypatch.setattr(tracker_module, "LONGEST_PAUSE", 0.05)
     tracker = begin(root)
     tracker(interval(1, 1.0))
     wait_for(lambda: not tracker._journal.path.exists())
@@ -609,7 +609,7 @@ def test_an_artifact_store_that_fails_does_not_hold_the_numbers_up(root: Path, m
 
 
 def test_without_mlflow_there_is_one_note_and_no_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "_said_missing", threading.Event())
+    monkeypatch.setattr(tracker_module, "_said_missing", threading.Event())
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     notes = Notes()
     for _ in range(2):

@@ -13,9 +13,9 @@ import pytest
 from browser import chromium, wait_for_texts
 from test_tracking import PGD, begin, epoch, free_port, interval, recipe, record, stage
 
-from arae.mirror import CARD, PENDING
 from arae.records import Model
 from arae.tracking import Tracker
+from arae.tracking.mirror import CARD, PENDING
 
 pytestmark = [
     pytest.mark.integration,

@@ -22,14 +22,11 @@ from typing import Any, Literal, Self
 
 from arae.config import Recipe, difference
 from arae.errors import Stopped
-from arae.journal import Card, Journal, Operation
-from arae.mirror import CARD, PENDING, Note, Sender, first_line, log_note
-from arae.mirror import send_pending as send_pending
-from arae.mirror import tracking_uri as tracking_uri
 from arae.provenance import git_revision
 from arae.records import Record, Threat
 from arae.runs import RunFolder
-from arae.ui import ui as ui
+from arae.tracking.journal import Card, Journal, Operation
+from arae.tracking.mirror import CARD, PENDING, Note, Sender, first_line, log_note
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 

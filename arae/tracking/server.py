@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from arae.errors import InputError
-from arae.mirror import log_note, prepare_environment, send_pending, tracking_uri
+from arae.tracking.mirror import log_note, prepare_environment, send_pending, tracking_uri
 
 GRACE = 10.0  # seconds the server has to end after a signal
 

@@ -1,26 +1,15 @@
-"""The recipe: one typed, frozen, hashable document that says what to compute.
-
-A recipe describes one trip from images to records: data, encoder, decoder, evaluation. *Where* to run it (workers,
-device, address, run folder) is not part of it. YAML files and bare dotted overrides (`encoder.attack.eps=1.5`) share
-one grammar.
-"""
+"""The recipe's parts: typed, frozen, unknown keys forbidden; a docstring under every field."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
-from importlib import resources
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from arae.errors import InputError
+from arae.config.document import checked, digest_of, set_key
 
 Norm = Literal["l2", "linf"]
 
@@ -68,9 +57,6 @@ class Part(BaseModel):
     """Base of every part: frozen, unknown keys forbidden."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-PartType = TypeVar("PartType", bound=Part)
 
 
 class Attack(Part):
@@ -316,206 +302,5 @@ class Recipe(Part):
         """This recipe with dotted keys set to values, checked anew."""
         document = self.model_dump(mode="json")
         for key, value in overrides.items():
-            _set(document, key, value)
-        return _validated(document, where=self.name)
-
-
-def digest_of(document: object) -> str:
-    """SHA-256 (hex) of a JSON document, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(document, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """The recipes that come with arae, by name."""
-    folder = Path(str(resources.files("arae") / "recipes"))
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
-
-
-def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
-    """A recipe by shipped name, YAML file, or run folder, with `dotted.key=value` overrides.
-
-    A file may name a `base`: it then holds only what differs. Lists are replaced, not merged.
-    Raises InputError: no such recipe, unreadable YAML, unknown key (with the nearest valid one), bad value.
-    """
-    path = _recipe_path(str(name_or_path))
-    document = _document(path)
-    pairs = [_parse_override(text) for text in overrides]
-    if any(key == "base" for key, _ in pairs):
-        raise InputError(
-            "override base=…: a base belongs in a recipe's file; to start from another recipe, name that one"
-        )
-    if pairs and document.get("base") is None:
-        document["base"] = str(name_or_path)
-    for key, value in pairs:
-        _set(document, key, value)
-    return _validated(document, where=str(name_or_path))
-
-
-def load_options(model: type[PartType], overrides: Iterable[str], where: str) -> PartType:
-    """Any part of the schema from bare `key=value` overrides alone; InputError as for a recipe."""
-    document: dict[str, Any] = {}
-    for text in overrides:
-        _set(document, *_parse_override(text))
-    return _checked(model, document, where)
-
-
-def dump_recipe(recipe: Recipe) -> str:
-    """The recipe as YAML; `load_recipe` reads it back to an equal recipe."""
-    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, width=120)
-
-
-def difference(recipe: Recipe) -> dict[str, Any]:
-    """Dotted keys whose values differ from the recipe's base (from the schema's defaults where there is no base)."""
-    try:
-        base = flatten(load_recipe(recipe.base).model_dump(mode="json")) if recipe.base else {}
-    except InputError:
-        base = {}
-    mine = flatten(recipe.model_dump(mode="json"))
-    return {k: v for k, v in mine.items() if k not in ("name", "base") and (not base or base.get(k) != v)}
-
-
-def flatten(document: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in document.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def keys(model: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of the schema."""
-    for name, field in model.model_fields.items():
-        yield prefix + name
-        for part in models_in(field.annotation):
-            yield from keys(part, f"{prefix}{name}.")
-
-
-def models_in(annotation: Any) -> Iterator[type[BaseModel]]:
-    """The parts of the schema inside a field's annotation."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        yield annotation
-    for argument in getattr(annotation, "__args__", ()):
-        yield from models_in(argument)
-
-
-def _recipe_path(name: str, beside: Path = Path()) -> Path:
-    shipped = shipped_recipes()
-    if name in shipped:
-        return shipped[name]
-    path = beside / name
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
-    if path.is_file():
-        return path
-    near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"shipped recipes: {', '.join(shipped)}"
-    raise InputError(f"no recipe {name!r}: neither a shipped recipe, a YAML file nor a run folder; {hint}")
-
-
-def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise InputError(f"{path}: its base leads back to itself ({' -> '.join(each.name for each in seen)})")
-    try:
-        document = yaml.safe_load(path.read_text())
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: can't be read ({error})") from None
-    except yaml.YAMLError as error:
-        raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: a recipe is a mapping of keys, not {type(document).__name__}")
-    base = document.get("base")
-    if base is None or (path.name == "recipe.yaml" and "encoder" in document and "data" in document):
-        return document  # a run folder's recipe is whole already; its base only names where it came from
-    parent = _recipe_path(str(base), beside=path.parent)
-    found_by = str(base) if str(base) in shipped_recipes() else str(parent)
-    return _merged(_document(parent, (*seen, path.resolve())), document) | {"base": found_by}
-
-
-def _merged(base: dict[str, Any], top: Mapping[str, Any]) -> dict[str, Any]:
-    out = dict(base)
-    for key, value in top.items():
-        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
-        out[key] = _merged(out[key], value) if both else value
-    return out
-
-
-def _parse_override(text: str) -> tuple[str, Any]:
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise InputError(f"override {text!r}: write dotted.key=value, such as encoder.attack.eps=1.5")
-    try:
-        return key, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return key, value
-
-
-def _set(document: dict[str, Any], dotted: str, value: Any) -> None:
-    *parents, last = dotted.split(".")
-    node: Any = document
-    for i, name in enumerate(parents):
-        if isinstance(node, list):
-            node = _item(node, name, dotted)
-        else:
-            if node.get(name) is None:
-                node[name] = {}
-            node = node[name]
-        if not isinstance(node, dict | list):
-            raise InputError(f"override {dotted}={value}: {'.'.join(parents[: i + 1])} is a value, not a group of keys")
-    if isinstance(node, list):
-        _item(node, last, dotted)
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _item(items: list[Any], name: str, dotted: str) -> Any:
-    if not name.isdigit() or int(name) >= len(items):
-        raise InputError(f"override {dotted}: {name!r} is not one of the {len(items)} items, counted from 0")
-    return items[int(name)]
-
-
-def _validated(document: dict[str, Any], where: str) -> Recipe:
-    return _checked(Recipe, document, where)
-
-
-def _checked(model: type[PartType], document: dict[str, Any], where: str) -> PartType:
-    try:
-        return model.model_validate(document)
-    except ValidationError as error:
-        raise InputError(f"{where}: {'; '.join(_explain(dict(e), model) for e in error.errors())}") from None
-
-
-def _listed(model: type[BaseModel]) -> str:
-    return "`arae show` lists them" if model is Recipe else ", ".join(keys(model))
-
-
-def _nearest_key(place: str, model: type[BaseModel]) -> str | None:
-    parts = place.split(".")
-    near = difflib.get_close_matches(".".join(p for p in parts if not p.isdigit()), list(keys(model)), n=1, cutoff=0.5)
-    if not near:
-        return None
-    key = near[0].split(".")
-    for i, part in enumerate(parts):
-        if part.isdigit() and key[:i] == parts[:i]:  # the schema's keys have no item numbers: put them back
-            key.insert(i, part)
-    return ".".join(key)
-
-
-def _explain(error: dict[str, Any], model: type[BaseModel]) -> str:
-    place = ".".join(str(part) for part in error["loc"])
-    if error["type"] == "extra_forbidden":
-        near = _nearest_key(place, model)
-        return f"unknown key {place}" + (
-            f"; did you mean {near}?" if near else f"; the keys are those of {model.__name__}: {_listed(model)}"
-        )
-    if error["type"] == "missing":
-        return f"{place} is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    value = error.get("input")
-    shown = (
-        f" (got {value!r})" if isinstance(value, str | int | float | bool | None) and repr(value) not in message else ""
-    )
-    return f"{place}: {message}{shown}" if place else message
+            set_key(document, key, value)
+        return checked(Recipe, document, where=self.name)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from arae.journal import Card, Journal, Operation, held
+from arae.tracking.journal import Card, Journal, Operation, held
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

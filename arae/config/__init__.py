@@ -1,0 +1,61 @@
+"""The recipe: one typed, frozen, hashable document that says what to compute.
+
+A recipe describes one trip from images to records: data, encoder, decoder, evaluation. *Where* to run it (workers,
+device, address, run folder) is not part of it. YAML files and bare dotted overrides (`encoder.attack.eps=1.5`) share
+one grammar.
+"""
+
+from arae.config.document import digest_of, flatten, keys, models_in
+from arae.config.load import difference, dump_recipe, load_options, load_recipe, shipped_recipes
+from arae.config.schema import (
+    Attack,
+    Count,
+    Data,
+    Decoder,
+    Encoder,
+    Evaluate,
+    Fraction01,
+    Losses,
+    Map,
+    Norm,
+    Part,
+    Positive,
+    Radius,
+    Recipe,
+    Schedule,
+    Stage,
+    State,
+    check_radius,
+    parse_radius,
+)
+
+__all__ = [
+    "Attack",
+    "Count",
+    "Data",
+    "Decoder",
+    "Encoder",
+    "Evaluate",
+    "Fraction01",
+    "Losses",
+    "Map",
+    "Norm",
+    "Part",
+    "Positive",
+    "Radius",
+    "Recipe",
+    "Schedule",
+    "Stage",
+    "State",
+    "check_radius",
+    "difference",
+    "digest_of",
+    "dump_recipe",
+    "flatten",
+    "keys",
+    "load_options",
+    "load_recipe",
+    "models_in",
+    "parse_radius",
+    "shipped_recipes",
+]

@@ -1,0 +1,56 @@
+"""`python -m benchmarks [NAME …]`: run them (default: all), write `results/`, make the README's tables anew."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from arae.errors import InputError
+from arae.runs import write_text
+from arae.train.engine import default_device
+from benchmarks.harness import README, Result, read, section, with_tables, write
+from benchmarks.loading import loading
+from benchmarks.steps import decoder, encoder_resnet, encoder_small
+
+BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
+    "encoder-small": encoder_small,
+    "encoder-resnet": encoder_resnet,
+    "decoder": decoder,
+    "loading": loading,
+}
+GROUPS = {"step": ("encoder-small", "encoder-resnet", "decoder")}
+
+
+def chosen(names: Sequence[str]) -> list[str]:
+    """The benchmarks that the names stand for, each once, in the order of the table; all where there is no name."""
+    wanted = {each for name in names for each in GROUPS.get(name, (name,))}
+    return [name for name in BENCHMARKS if not names or name in wanted]
+
+
+def main() -> None:
+    """Run what is asked for, one after the other; one that can't run here says why and keeps its older result."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    every = (*BENCHMARKS, *GROUPS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(every))
+    names = parser.parse_args().names
+    if unknown := [name for name in names if name not in every]:
+        parser.error(f"{unknown[0]}: no such benchmark; there are {', '.join(every)}")
+    device = default_device()
+    for name in chosen(names):
+        print(f"{name} …", file=sys.stderr, flush=True)
+        try:
+            result = BENCHMARKS[name](device)
+        except InputError as error:
+            print(f"{name}: skipped: {error}", file=sys.stderr)
+            continue
+        write(result)
+        # After each: a run that is cut short leaves tables and results that agree.
+        write_text(README, with_tables(README.read_text(), read()))
+        print(section(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

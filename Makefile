@@ -35,10 +35,8 @@ lint: setup  ## ruff and pyright, as the commit hooks run them
 bench: setup  ## the benchmarks
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
-picture: setup  ## the README's picture, from the demo's run
-	@mkdir -p docs
-	@$(BIN)/python -c "from PIL import Image; p = Image.open('runs/demo/map.png').convert('RGB'); p.thumbnail((1000, 1000)); \
-	  p.quantize(128).save('docs/demo-map.png', optimize=True)"
+picture: setup  ## the README's pictures and table, from the demo's run
+	@$(BIN)/python -m benchmarks.readme runs/demo
 
 clean:  ## removes .venv and the tools' caches; runs and data stay
 	rm -rf .venv .pytest_cache .ruff_cache build dist arae.egg-info

@@ -138,3 +138,18 @@ def test_the_packages_named_are_those_that_are_installed() -> None:
     for package in [*listed[1].split(), "chromium", "chromium-driver"]:
         assert f"`{package}`" in text
         assert package in setup
+
+
+def test_the_demos_table_is_that_of_its_records() -> None:
+    from arae.records import read_records
+    from benchmarks.readme import RECORDS, table, with_table
+
+    text = README.read_text()
+    assert with_table(text, table(read_records(RECORDS))) == text
+    assert {r.hardware["world_size"] for r in read_records(RECORDS)} == {2}
+
+
+def test_the_architecture_page_names_every_module() -> None:
+    page = (README.parent / "docs" / "architecture.md").read_text()
+    modules = {p.stem for p in (README.parent / "arae").rglob("*.py")} - {"__init__", "__main__"}
+    assert not sorted(name for name in modules if name not in page)

@@ -41,7 +41,7 @@ _GLOSSARY = (
      "logarithmic scale, in dB; mean over images."),
     ("SSIM", "Structural similarity: agreement of local brightness, contrast and structure; 1 is identical."),
     ("LPIPS", "Distance between deep features of the two images; 0 is identical."),
-    ("Baselines", "PSNR when the answer is always the training set’s mean image, and when the decoder is fed the "
+    ("Baselines", "PSNR when the answer is always the mean of the evaluated images, and when the decoder is fed the "
      "features of another image. A decoder that does not beat both has learned nothing about the image at hand."),
     ("95 % interval", "Small numbers and bars: where the value would lie in 95 % of repetitions with other held-out "
      "images. It does not cover training again with another seed."),

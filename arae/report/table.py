@@ -12,7 +12,7 @@ NORMS = {"l2": "ℓ₂", "linf": "ℓ∞"}
 CLASSIFICATION = "classification"
 RECONSTRUCTION = "reconstruction"
 BASELINES = ("mean-image", "other-features")
-"""Protocols whose PSNR says what a decoder has to beat: the training set's mean image; another image's features."""
+"""Protocols whose PSNR says what a decoder has to beat: the mean of the evaluated images; another image's features."""
 _METRICS = ("clean_accuracy", "robust_accuracy", "psnr", "ssim", "lpips")
 _PROTOCOLS = (CLASSIFICATION, RECONSTRUCTION, *BASELINES)
 

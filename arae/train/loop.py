@@ -195,7 +195,7 @@ def check(stage: str, run: Fit, done: int, meter: Meter) -> None:
     """Measure on held-out images and tell it."""
     if run.log.active:
         measured = run.validate(done)
-        epoch = round(done * run.part.batch / run.source.n)
+        epoch = round(done * run.part.batch / run.source.n, 2)
         run.log.emit("epoch", stage=stage, step=done, epoch=epoch, metrics=meter.epoch() | measured)
     meter.restart()
 

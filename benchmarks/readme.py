@@ -1,7 +1,7 @@
 """`python -m benchmarks.readme RUN`: the README's pictures and table from a demo's run, and the records they rest on.
 
-Writes `docs/demo-map.png`, `docs/demo-reconstructions.png`, `benchmarks/results/demo.jsonl` (the records as measured) and the
-README's table between its markers.
+Writes `docs/demo-map.png`, `docs/demo-reconstructions.png`, `benchmarks/results/demo.jsonl` (the records as measured)
+and the README's table between its markers.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ def table(records: list[Record]) -> str:
     lines += [[row.label, *(shown(row.cells.get(c)) for c in columns)] for row in made.rows]
     one = records[0]
     hardware = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in one.hardware.items() if key != "seconds")
-    tail = f"n = {one.n} held-out images of {one.dataset}; 95 % intervals; {one.time[:10]}, revision {one.git[:12]}; {hardware}."
+    measured = f"n = {one.n} held-out images of {one.dataset}; 95 % intervals"
+    tail = f"{measured}; {one.time[:10]}, revision {one.git[:12]}; {hardware}."
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{tail}\n"
 
 

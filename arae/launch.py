@@ -18,7 +18,7 @@ from arae.config import Recipe, flatten, load_recipe
 from arae.errors import InputError
 from arae.models.autoencoder import read_config
 from arae.runs import RunFolder
-from arae.train.engine import default_device
+from arae.train.engine import check_share, default_device
 from arae.train.log import Listener
 from arae.train.run import train
 from arae.train.state import list_states
@@ -63,6 +63,9 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) 
     Raises what `arae.train.run.train` raises, wherever it was raised.
     """
     refuse_another(recipe, folder)
+    for what, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)):
+        if part is not None:  # said here, before a cluster is started for it
+            check_share(part.batch // part.micro, where.workers or 1, what)
     folder.stop.unlink(missing_ok=True)
     with stop_requested() as stop:
         if where.workers is None:

@@ -48,6 +48,15 @@ def resolve_precision(wanted: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
+def check_share(micro_batches: int, workers: int, what: str) -> None:
+    """InputError where a stage's micro-batches can't be shared evenly; `what` is `encoder` or `decoder`."""
+    if micro_batches % workers:
+        raise InputError(
+            f"{what}: {workers} workers can't share {micro_batches} micro-batch(es) a step; "
+            f"set {what}.micro_batch so that batch / micro_batch is a multiple of {workers}"
+        )
+
+
 class Engine:
     """One worker's view of the group: its rank, its device, its precision."""
 
@@ -90,11 +99,7 @@ class Engine:
 
     def share(self, micro_batches: int, what: str) -> range:
         """Which micro-batches of a step are this worker's; InputError where they can't be shared evenly."""
-        if micro_batches % self.size:
-            raise InputError(
-                f"{what}: {micro_batches} micro-batches a step can't be shared by {self.size} workers; "
-                f"set {what}.micro_batch so that batch / micro_batch is a multiple of {self.size}"
-            )
+        check_share(micro_batches, self.size, what)
         own = micro_batches // self.size
         return range(self.rank * own, (self.rank + 1) * own)
 

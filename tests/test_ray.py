@@ -1,0 +1,78 @@
+"""Training through Ray Train: the same run, and the same ends, as in one process."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from training import tiny_recipe
+
+from arae.config import dump_recipe
+from arae.runs import RunFolder
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def told(folder: RunFolder, event: str) -> list[dict]:
+    lines = folder.log.read_text().splitlines() if folder.log.exists() else []
+    return [e for e in (json.loads(line) for line in lines if line.endswith("}")) if e["event"] == event]
+
+
+@pytest.mark.integration
+def test_sigterm_saves_on_two_workers_and_the_same_command_goes_on(
+    tmp_path: Path, tiny_npz: Path, run_arae: Run
+) -> None:
+    recipe = tiny_recipe(tiny_npz, encoder__steps=1500, decoder__steps=4, state__every=5000)
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(recipe))
+    folder = RunFolder(Path(os.environ["ARAE_RUNS"]) / "tiny")
+    command = [sys.executable, "-m", "arae", "train", str(file), "--workers", "2"]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
+    ) as process:
+        deadline = time.monotonic() + 120
+        while not told(folder, "interval"):
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=120)[1]
+    assert process.returncode == 75, error
+    assert "the same command goes on from there" in error
+    assert "Traceback" not in error
+    (saved,) = json.loads((folder.state / "manifest.json").read_text())["states"]
+    assert 0 < saved["step"] < 1500
+
+    done = run_arae("train", file, "--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert any(f"at step {saved['step']}" in e["text"] for e in told(folder, "note"))
+    config = json.loads((folder.model / "config.json").read_text())
+    assert {config[stage]["training"]["world_size"] for stage in ("encoder", "decoder")} == {2}
+    assert done.stderr.count("decoder 4/4") == 1  # told once, not once a worker
+    assert not folder.stop.exists()
+
+
+@pytest.mark.integration
+def test_what_goes_wrong_in_a_worker_is_one_line(tmp_path: Path, tiny_npz: Path, run_arae: Run) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(tiny_recipe(tiny_npz, encoder__lr=1e30)))
+    done = run_arae("train", file, "--workers", 1)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("arae: ")]
+    assert "lower encoder.lr" in line
+
+
+def test_a_batch_that_can_not_be_shared_is_refused_before_ray_starts(
+    tmp_path: Path, tiny_npz: Path, run_arae: Run
+) -> None:
+    file = tmp_path / "tiny.yaml"
+    file.write_text(dump_recipe(tiny_recipe(tiny_npz)))
+    done = run_arae("train", file, "--workers", 3)
+    assert done.returncode == 2
+    assert "encoder.micro_batch" in done.stderr

@@ -15,12 +15,15 @@ _HOME = {
     "Autoencoder": "arae.models.autoencoder",
     "load_autoencoder": "arae.models.autoencoder",
 }
+_PARTS = ("apps", "attacks", "data", "evaluate", "metrics", "models", "train")
 
 
 def __getattr__(name: str) -> Any:
     # Looked up on first use, so that `arae --help` and the drivers do not wait for torch.
-    if name not in _HOME:
-        raise AttributeError(f"module 'arae' has no attribute {name!r}")
     from importlib import import_module
 
+    if name in _PARTS:
+        return import_module(f"arae.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'arae' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

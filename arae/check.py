@@ -3,29 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Literal
 
 import torch
 
 from arae.config import Recipe
-from arae.data.load import describe
+from arae.data.load import describe, same_kind
 from arae.errors import InputError
-from arae.models import create_decoder, create_encoder
+from arae.models import create_decoder, create_discriminator, create_encoder
 from arae.train.engine import resolve_precision
 
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
-def check(recipe: Recipe) -> Iterator[str]:
+
+def check(recipe: Recipe, device: torch.device) -> Iterator[str]:
     """What was checked, a line each; InputError at the first thing that would not train.
 
     Data that the recipe does not name yet is passed over, and that is said.
     """
-    classes, shape = 10, (recipe.data.channels or 3, recipe.data.size or 224, recipe.data.size or 224)
-    for split in ("train", "test"):
-        if getattr(recipe.data, split) is None:
+    found = {split: describe(recipe.data, split) for split in SPLITS if getattr(recipe.data, split) is not None}
+    for split in SPLITS:
+        if split in found:
+            n, images, names = found[split]
+            yield f"data.{split}: {n} images {images}, {len(names)} classes"
+        else:
             yield f"data.{split}: not named yet, so not checked"
-            continue
-        found = describe(recipe.data, split)
-        classes, shape = len(found.classes), found.shape
-        yield f"data.{split}: {found.n} images {shape}, {classes} classes"
+    if len(found) == len(SPLITS):
+        same_kind(found["train"], found["test"])
+    size = recipe.data.size or 224
+    shape, classes = (recipe.data.channels or 3, size, size), 10
+    if "train" in found:
+        shape, classes = found["train"].shape, len(found["train"].classes)
     encoder = create_encoder(
         recipe.encoder.name, num_classes=max(classes, 2), in_channels=shape[0], image_size=shape[1]
     )
@@ -35,5 +43,7 @@ def check(recipe: Recipe) -> Iterator[str]:
         made = create_decoder(recipe.decoder.name, feature_shape=features, image_shape=shape)(torch.zeros(2, *features))
         if tuple(made.shape[1:]) != shape:
             raise InputError(f"decoder.name = {recipe.decoder.name} makes images {tuple(made.shape[1:])}, not {shape}")
+        if recipe.decoder.losses.adversarial:
+            create_discriminator(recipe.decoder.name, feature_shape=features, image_shape=shape)
         yield f"decoder: {recipe.decoder.name}, images {shape}"
-    yield f"precision: {recipe.precision}, here {resolve_precision(recipe.precision, torch.device('cpu'))} on a CPU"
+    yield f"precision: {recipe.precision}, here {resolve_precision(recipe.precision, device)} on {device.type}"

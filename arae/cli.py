@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -13,7 +14,10 @@ from arae.errors import AraeError, InputError
 from arae.runs import RunFolder, runs_root
 
 if TYPE_CHECKING:
+    from arae.config import Recipe
     from arae.launch import Where
+
+INTERRUPTED = 130  # what typer makes of Ctrl-C; ours is 1 where nothing was kept
 
 app = typer.Typer(
     name="arae",
@@ -35,15 +39,24 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: 
 def main() -> None:
     """Run a command; an AraeError ends it with one line and its own exit code."""
     try:
-        app()
+        code = app(standalone_mode=False)
     except AraeError as error:
-        typer.echo(f"arae: {error}", err=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("arae: interrupted", err=True)
-        sys.exit(1)
-    except BrokenPipeError:
-        sys.exit(1)
+        _end(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno == errno.EPIPE:  # whoever read has gone
+            sys.exit(1)
+        _end(f"{error.filename or 'a file'}: {error.strerror or error}", 2)
+    except Exception as error:
+        told = getattr(error, "format_message", None)  # typer's own, whose class has moved between its versions
+        if told is None:
+            raise
+        _end(f"{told()}; `arae --help` and `arae VERB --help` list what there is", 2)
+    sys.exit(1 if code == INTERRUPTED else code or 0)
+
+
+def _end(said: str, code: int) -> NoReturn:
+    typer.echo(f"arae: {' '.join(said.split())}", err=True)
+    sys.exit(code)
 
 
 @app.command()
@@ -77,8 +90,9 @@ def validate(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Check a recipe, its networks and its data, without training."""
     loaded = load_recipe(recipe, overrides or ())
     from arae.check import check
+    from arae.train.engine import default_device
 
-    for line in check(loaded):
+    for line in check(loaded, default_device()):
         typer.echo(line)
     typer.echo(f"{loaded.name}: valid")
 
@@ -100,6 +114,7 @@ def doctor() -> None:
     """Say what of the stack works here, and how to mend what does not."""
     from arae.doctor import examine
 
+    typer.echo("looking at the machine and trying each library; some seconds …", err=True)
     marks = {"ok": "ok     ", "warn": "warn   ", "missing": "missing"}
     for finding in examine(runs_root()):
         typer.echo(f"{marks[finding.state]}  {finding.name}: {finding.said}")
@@ -124,7 +139,10 @@ def encode_command(
     chosen = load_options(EncodeOptions, options or (), where="arae encode")
     with Progress() as progress:
         manifest = encode(source, dest, chosen, progress.task)
-    typer.echo(f"{dest}: {manifest.n} images of {len(manifest.classes)} classes, {manifest.bytes / 2**20:.1f} MiB")
+    names = ", ".join(manifest.classes[:20]) + (", …" if len(manifest.classes) > 20 else "")
+    typer.echo(
+        f"{dest}: {manifest.n} images, {manifest.bytes / 2**20:.1f} MiB, {len(manifest.classes)} classes: {names}"
+    )
     for name, reason in manifest.skipped:
         typer.echo(f"arae: left out {name}: {reason}", err=True)
 
@@ -142,7 +160,8 @@ def train(
     from arae.check import check
     from arae.session import session
 
-    list(check(loaded))  # what can't be trained is said before there is a run
+    _one_trip(loaded)
+    list(check(loaded, where.torch_device()))  # what can't be trained is said before there is a run
 
     with session(loaded) as run:
         run.train(where)
@@ -157,6 +176,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = N
     from arae.report import summary
     from arae.session import session
 
+    _one_trip(loaded)
     load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
 
     with session(loaded) as run:
@@ -212,6 +232,13 @@ def demo(
 
     folder = run_demo(demo_recipe(overrides or []), _where(workers or None, address, device))
     typer.echo(f"{folder.path / 'report.html'}: open it in a browser; `arae ui` compares the runs")
+
+
+def _one_trip(recipe: Recipe) -> None:
+    if recipe.map is not None:
+        raise InputError(
+            f"{recipe.name} is a map of {len(recipe.map.radii)} radii: `arae demo`, or add map=null name=…"
+        )
 
 
 def _where(workers: int | None, address: str | None, device: str | None) -> Where:

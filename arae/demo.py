@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from arae.check import check
 from arae.config import Recipe, load_recipe
 from arae.data.augment import to_float
 from arae.data.encode import EncodeOptions, encode
 from arae.errors import InputError
 from arae.evaluate import held_out
-from arae.launch import Where
+from arae.launch import Where, refuse_another
 from arae.models.autoencoder import load_autoencoder
 from arae.records import Record, write_records
 from arae.report import Grid, collect, write_report
-from arae.runs import RunFolder, runs_root
+from arae.runs import RunFolder
 from arae.session import Session, session
 
 PICTURES = 10
@@ -29,13 +31,17 @@ def demo(recipe: Recipe, where: Where) -> RunFolder:
     """
     if recipe.map is None:
         raise InputError(f"{recipe.name}: the demo needs map.radii, such as map.radii=[0,0.75,1.5]")
+    radii = recipe.map.radii
     with session(recipe) as parent:
-        radii = recipe.map.radii
         recipe = recipe.replace(encoded(parent))
         trips = [trip(recipe, eps) for eps in radii]
+        for one in trips:
+            list(check(one, where.torch_device()))
+            refuse_another(one, RunFolder.of(one))
+        parent.progress.close()  # the trips show their own
         records = [record for one in trips for record in run_trip(one, parent, where)]
         write_records(parent.folder.records, records)
-        page = report(recipe, trips, records, parent.folder)
+        page = report(recipe, {RunFolder.of(one): one for one in trips}, records, parent.folder)
         parent.tracker.log_records(records)
         for path in (page, page.with_name("map.png"), page.with_name("reconstructions.png")):
             parent.tracker.log_artifact(path)
@@ -53,8 +59,8 @@ def report_folder(folder: RunFolder) -> Path:
     """Write the report of a demo's or a single run's folder anew from its records."""
     recipe = load_recipe(folder.path)
     radii = recipe.map.radii if recipe.map else ()
-    trips = [load_recipe(folder.path / f"eps-{eps:g}") for eps in radii] or [recipe]
-    return report(recipe, trips, collect(folder.path), folder)
+    folders = [RunFolder(folder.path / f"eps-{eps:g}") for eps in radii] or [folder]
+    return report(recipe, {each: load_recipe(each.path) for each in folders}, collect(folder.path), folder)
 
 
 def encoded(parent: Session) -> dict[str, str]:
@@ -92,24 +98,24 @@ def run_trip(recipe: Recipe, parent: Session, where: Where) -> list[Record]:
         return child.evaluate(where.torch_device())
 
 
-def report(recipe: Recipe, trips: list[Recipe], records: list[Record], folder: RunFolder) -> Path:
-    """Write the page and its pictures."""
+def report(recipe: Recipe, trips: Mapping[RunFolder, Recipe], records: list[Record], folder: RunFolder) -> Path:
+    """Write the page and its pictures; `trips` are the runs that the grid shows, and their recipes."""
     name = "cifar10-resnet18"
     commands = [
         ("The same on your own images, one folder a class", "arae demo data.source=/path/to/images"),
         ("CIFAR-10 with ResNet-18, on eight workers of a Ray cluster", f"arae train {name} --workers 8 --address auto"),
     ]
-    return write_report(folder.path, records, recipe, grid(recipe, trips), commands)
+    return write_report(folder.path, records, recipe, grid(trips), commands)
 
 
-def grid(recipe: Recipe, trips: list[Recipe]) -> Grid:
+def grid(trips: Mapping[RunFolder, Recipe]) -> Grid:
     """The first held-out images of different classes, and for each radius their reconstructions, clean and attacked."""
     from arae.attacks.gradient import perturb
 
     rows: list[tuple[str, torch.Tensor]] = []
     originals: torch.Tensor | None = None
-    for one in trips:
-        model = load_autoencoder(RunFolder.of(one, runs_root()).path)
+    for folder, one in trips.items():
+        model = load_autoencoder(folder.path)
         images, labels = held_out(one, model, torch.device("cpu"))
         chosen = torch.from_numpy(pick(labels.numpy()))
         originals, y = to_float(images[chosen]), labels[chosen]

@@ -72,7 +72,7 @@ class Evaluation:
         """Accuracy, reconstructions and what they must beat, on the images as they are."""
         hits, quality = [], Quality(self.recipe.evaluate.lpips, self.recipe.evaluate.lpips_weights)
         baseline: dict[str, list[Tensor]] = {"mean-image": [], "other-features": []}
-        mean = self.images.float().mean(0, keepdim=True) / 255
+        mean = self._mean_image()
         for x, y in self._batches("clean"):
             hits.append(self._hits(x, y))
             if self._decodes:
@@ -87,6 +87,7 @@ class Evaluation:
             records += [
                 self._record("psnr", torch.cat(values), protocol=protocol, stage="decoder")
                 for protocol, values in baseline.items()
+                if values
             ]
         return records
 
@@ -113,6 +114,12 @@ class Evaluation:
                 quality.add(self.model.reconstruct(attacked), x)
         records = [self._accuracy("robust_accuracy", torch.cat(hits), threat)]
         return records + (self._quality(quality, threat) if self._decodes else [])
+
+    def _mean_image(self) -> Tensor:
+        """Mean [1, C, H, W] in [0, 1] of the evaluated images: the best answer that looks at none of them."""
+        parts = self.images.split(self.recipe.evaluate.batch)
+        total = torch.stack([part.double().sum(0, keepdim=True) for part in parts]).sum(0)
+        return (total / (255 * len(self.images))).float()
 
     @property
     def _decodes(self) -> bool:
@@ -199,14 +206,17 @@ class Quality:
     def __init__(self, net: metrics.Backbone | None, weights: str | None) -> None:
         self.net: metrics.Backbone | None = net
         self.weights = weights
-        self.values: dict[str, list[Tensor]] = {"psnr": [], "ssim": []}
+        self.values: dict[str, list[Tensor]] = {"psnr": []}
         self.missing: dict[str, str] = {}
 
     @torch.no_grad()
     def add(self, again: Tensor, x: Tensor) -> None:
         """Compare reconstructions with images, both [N, C, H, W] in [0, 1]."""
         self.values["psnr"].append(metrics.psnr(again, x))
-        self.values["ssim"].append(metrics.ssim(again, x))
+        if min(x.shape[2:]) >= metrics.SSIM_WINDOW:
+            self.values.setdefault("ssim", []).append(metrics.ssim(again, x))
+        else:
+            self.missing["ssim"] = f"images of {min(x.shape[2:])} px are smaller than SSIM's window"
         if self.net is None or "lpips" in self.missing:
             return
         try:

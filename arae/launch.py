@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Literal
 import torch
 
 from arae.config import Recipe, flatten, load_recipe
-from arae.errors import InputError
+from arae.errors import InputError, Stopped
 from arae.models.autoencoder import read_config
 from arae.runs import RunFolder
 from arae.train.engine import check_share, default_device
@@ -36,25 +37,28 @@ class Where:
     """`cpu`, `cuda`, `cuda:1`; None takes the first GPU where there is one."""
 
     def __post_init__(self) -> None:
-        """InputError for fewer than one worker, or an address without workers."""
+        """InputError for fewer than one worker, an address without workers, a device that is not there."""
         if self.workers is not None and self.workers < 1:
             raise InputError(
                 f"--workers {self.workers}: at least 1 worker must train; leave it out to train in this process"
             )
+        if self.device is not None:
+            self._check_device(self.device)
         if self.address is not None and self.workers is None:
             raise InputError(f"--address {self.address} needs --workers N: how many of the cluster's workers to use")
 
     def torch_device(self) -> torch.device:
-        """The device of an in-process run; InputError where this machine has none such."""
-        if self.device is None:
-            return default_device()
-        try:
-            device = torch.device(self.device)
-        except RuntimeError:
-            raise InputError(f"--device {self.device}: write cpu, cuda or cuda:N") from None
+        """The device of an in-process run, and of evaluation."""
+        return default_device() if self.device is None else torch.device(self.device)
+
+    @staticmethod
+    def _check_device(name: str) -> None:
+        """InputError for a device that is not of a known kind, or that this machine does not have."""
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+            raise InputError(f"--device {name}: write cpu, cuda or cuda:N")
+        device = torch.device(name)
         if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA devices")
-        return device
+            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
 
 
 def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) -> None:
@@ -72,6 +76,8 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) 
             train(recipe, folder, where.torch_device(), listener, stop)
         else:
             checkout_module("cluster.launch").launch(recipe, folder, where, listener, stop)
+        if stop():  # it came too late for the training to hear, but not for what comes next
+            raise Stopped(f"{folder.path}: trained, then stopped; the same command goes on from there")
 
 
 @contextmanager
@@ -104,7 +110,7 @@ def refuse_another(recipe: Recipe, folder: RunFolder) -> None:
         if stage in begun and old.stage_digest(stage) != recipe.stage_digest(stage):
             was, now = (flatten(r.model_dump(mode="json")) for r in (old, recipe))
             changed = [
-                k for k in now if now[k] != was.get(k) and k.split(".")[0] not in ("name", "base", "evaluate", "state")
+                k for k in now if now[k] != was.get(k) and k.split(".")[0] in ("seed", "data", "encoder", "decoder")
             ]
             shown = ", ".join(f"{k} = {was.get(k)!r} there, {now[k]!r} here" for k in changed[:4])
             raise InputError(

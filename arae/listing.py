@@ -27,6 +27,8 @@ def runs() -> Rows:
     root = runs_root()
     found = []
     for path in sorted(root.rglob("recipe.yaml")) if root.is_dir() else ():
+        if path.relative_to(root).parts[0] == "mlartifacts":  # MLflow's copies
+            continue
         folder = RunFolder(path.parent)
         try:
             recipe, config = load_recipe(folder.path), read_config(folder.model) or {}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from arae.errors import AraeError, InputError
 from arae.models.weights import read_weights
 
+SSIM_WINDOW = 11  # px
 PSNR_CEILING = 100.0  # dB, for images that are equal (or nearly): a mean over images stays finite
 
 
@@ -72,7 +73,7 @@ def ssim(x: Tensor, y: Tensor) -> Tensor:
     averaged over space and channels. Raises ValueError for images smaller than the window.
     """
     _check(x, y)
-    if min(x.shape[2:]) < 11:
+    if min(x.shape[2:]) < SSIM_WINDOW:
         raise ValueError(f"SSIM needs images of at least 11×11 px, its window, not {x.shape[2]}×{x.shape[3]}")
     a, b = x.float(), y.float()
     n = len(a)

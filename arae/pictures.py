@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from arae.data.augment import to_float
+from arae.data.images import UnusableImageError, fit, open_rgb
+from arae.data.load import to_channels
 from arae.errors import InputError
 from arae.metrics import psnr
 from arae.models.autoencoder import Autoencoder
@@ -43,33 +47,39 @@ def save_png(x: Tensor, path: Path) -> None:
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:
-    """An image file as float [C, H, W] in [0, 1]: upright, shorter side resized, centre cropped to `shape`.
+    """An image file as float [C, H, W] in [0, 1], read as `arae encode` reads it: upright, cropped to a square `shape`.
 
     Raises InputError where it is missing or not an image.
     """
-    channels, height, width = shape
+    channels, side, _ = shape
+    if not path.is_file():
+        raise InputError(f"{path}: no such image file")
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file).convert("L" if channels == 1 else "RGB")
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such image file") from None
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        image = fit(open_rgb(path)[0], side, crop=True)
+    except UnusableImageError as error:
         raise InputError(f"{path}: not a readable image ({error})") from None
-    image = ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC)
-    array = np.asarray(image, dtype=np.float32) / 255
-    return torch.from_numpy(array if array.ndim == 3 else array[..., None]).permute(2, 0, 1).contiguous()
+    levels = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
+    return to_float(to_channels(levels, channels))[0]
 
 
 def reconstruct_files(model: Autoencoder, paths: Sequence[Path], out: Path) -> Iterator[tuple[Path, float]]:
-    """Write `<out>/<name>.png`, original and reconstruction side by side, for each image; yields path and PSNR (dB).
+    """Write `<out>/<name>-reconstruction.png`, original and reconstruction side by side, for each image.
 
-    Raises InputError for the first file that is no image, before anything is written.
+    Yields each picture's path and the PSNR (dB). Raises InputError for the first file that is no image, before anything
+    is written; no image file given is ever written over.
     """
     images = [read_image(path, model.image_shape) for path in paths]
     out.mkdir(parents=True, exist_ok=True)
-    for number, (path, x) in enumerate(zip(paths, images, strict=True)):
+    taken = {path.resolve() for path in paths}
+    for path, x in zip(paths, images, strict=True):
+        target = free_name(out, f"{path.stem}-reconstruction", taken)
+        taken.add(target.resolve())
         again = model.reconstruct(x[None])
-        twin = any(other.stem == path.stem for other in paths[:number])
-        target = out / f"{path.stem}{f'-{number}' if twin else ''}.png"
         save_png(grid([torch.cat([x[None], again])]), target)
         yield target, psnr(again, x[None]).item()
+
+
+def free_name(folder: Path, stem: str, taken: set[Path]) -> Path:
+    """`<folder>/<stem>.png`, numbered where that is taken."""
+    names = itertools.chain([stem], (f"{stem}-{i}" for i in itertools.count(2)))
+    return next(p for p in (folder / f"{name}.png" for name in names) if p.resolve() not in taken)

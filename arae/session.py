@@ -16,6 +16,7 @@ from arae.records import Record
 from arae.runs import RunFolder, runs_root
 from arae.tracking import Tracker
 from arae.train.log import Event
+from arae.train.run import full_disk
 
 
 @dataclass
@@ -53,7 +54,7 @@ def session(recipe: Recipe, parent: str | None = None) -> Iterator[Session]:
     """
     root = runs_root()
     folder = RunFolder.of(recipe, root)
-    with folder.lock():
+    with full_disk(folder), folder.lock():
         refuse_another(recipe, folder)
         folder.create(recipe)
         with (

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable
@@ -30,7 +32,10 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
     AraeError with the first line of what went wrong otherwise.
     """
     assert where.workers is not None
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     connect(where)
+    for number, handler in handlers.items():  # Ray has put its own in their place, which save nothing
+        signal.signal(number, handler)
     outcome: dict[str, Any] = {}
     # Ray Train takes SIGINT for itself when it runs in the main thread; a stop must save first.
     thread = threading.Thread(target=_fit, args=(recipe, folder, where, outcome), daemon=True)
@@ -52,6 +57,7 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
     error = outcome.get("error")
     if error is not None:
         raise _cause(error) from None
+    shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes of a run that ended as it should
     if outcome["value"] is not None:
         raise Stopped(outcome["value"])
 
@@ -103,17 +109,22 @@ def _trainer(recipe: Recipe, folder: RunFolder, where: Where) -> Any:
 
     from cluster.worker import loop
 
-    gpu = where.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    workers, has = where.workers or 1, ray.cluster_resources()
+    gpu = where.device != "cpu" and has.get("GPU", 0) >= workers
+    if where.device not in (None, "cpu") and not gpu:
+        raise InputError(f"--workers {workers} --device {where.device}: the cluster has {has.get('GPU', 0):g} GPUs")
+    if has.get("CPU", 0) < workers:
+        raise InputError(f"--workers {workers}: the cluster has {has.get('CPU', 0):g} CPUs; a worker needs one")
     return TorchTrainer(
         loop,
-        train_loop_config={"recipe": dump_recipe(recipe), "folder": str(folder.path)},
+        train_loop_config={"recipe": dump_recipe(recipe), "folder": str(folder.path), "cwd": str(Path.cwd())},
         torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=where.workers or 1, use_gpu=gpu),
+        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
         run_config=RunConfig(
             # A name of its own each time: Ray would otherwise resume from its own bookkeeping, and ours is what counts.
             name=f"{time.time_ns():x}",
             storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,17 @@ from arae.runs import RunFolder
 
 
 def loop(config: dict[str, Any]) -> str | None:
-    """Train `config["recipe"]` (YAML) into `config["folder"]`; returns why it stopped, None where it is done."""
+    """Train `config["recipe"]` (YAML) into `config["folder"]`, paths as seen from `config["cwd"]`.
+
+    Returns why it stopped, None where it is done.
+    """
     import ray.train.torch
 
     from arae.train.run import train
 
     logging.getLogger("ray").setLevel(logging.ERROR)
+    if os.path.isdir(config["cwd"]):
+        os.chdir(config["cwd"])  # Ray starts workers elsewhere, and a recipe's paths may be relative
     recipe = Recipe.model_validate(yaml.safe_load(config["recipe"]))
     folder = RunFolder(Path(config["folder"]))
     rank = ray.train.get_context().get_world_rank()

@@ -68,12 +68,23 @@ def arae_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (["validate", "demo", "encoder.attack.epss=1"], ["encoder.attack.epss", "did you mean encoder.attack.eps?"]),
         (["validate", "demmo"], ["demmo", "did you mean 'demo'?"]),
         (["train", "demo", "encoder.attack.norm=null", "map=null"], ["encoder.attack", "1.5", "norm"]),
+        (["train", "demo"], ["3 radii", "arae demo", "map=null"]),
+        (["train", "demo", "map=null", "--device", "tpu"], ["--device tpu", "cuda"]),
+        (["train", "demo", "map=null", "evaluate.attacks=[{eps: 0}]"], ["attacks.0", "norm"]),
+        (["train", "demo", "name=2024-13-01", "seed=-1"], ["seed"]),
+        (["train", "demo", "--workers", "two"], ["--workers", "integer", "--help"]),
+        (["trian", "demo"], ["trian", "--help"]),
+        (["train"], ["RECIPE", "--help"]),
         (["train", "demo", "encoder.attack.eps=-1"], ["encoder.attack.eps", "-1", "negative"]),
         (["train", "demo", "--workers", "0"], ["--workers 0", "at least 1"]),
         (["train", "demo", "--address", "auto"], ["--address auto", "--workers"]),
         (["train", "demo", "--device", "cuda:99"], ["cuda:99", "CUDA devices"]),
-        (["train", "demo", "data.train=nowhere.beton"], ["data.train", "nowhere.beton", "arae encode"]),
-        (["evaluate", "demo", "name=never-trained"], ["never-trained", "arae train"]),
+        (["train", "demo", "map=null", "data.train=nowhere.beton"], ["data.train", "nowhere.beton", "arae encode"]),
+        (
+            ["train", "demo", "map=null", "data.test=nowhere.beton"],
+            ["data.test", "arae encode fashion-mnist nowhere.beton split=test"],
+        ),
+        (["evaluate", "demo", "map=null", "name=never-trained"], ["never-trained", "arae train"]),
         (["reconstruct", "nowhere", "x.png"], ["nowhere", "arae train"]),
         (["ls", "nothing"], ["nothing", "recipes"]),
         (["encode", "nowhere", "x.beton"], ["nowhere"]),
@@ -89,6 +100,28 @@ def test_a_truncated_beton_is_refused_before_training(run_arae: Run, recipe_file
     data = beton.read_bytes()
     beton.write_bytes(data[: len(data) // 2])
     refused(run_arae("train", recipe_file, f"data.train={beton}"), "data.train", "tiny.beton")
+
+
+def test_held_out_images_of_another_kind_are_refused(run_arae: Run, recipe_file: Path, tmp_path: Path) -> None:
+    for name, size, classes in (("classes", 16, 5), ("shape", 20, 3)):
+        labels = np.arange(20) % classes
+        np.savez(tmp_path / f"{name}.npz", images=np.zeros((20, size, size, 3), np.uint8), labels=labels)
+    refused(run_arae("train", recipe_file, f"data.test={tmp_path}/classes.npz"), "data.test: 5 classes", "has 3")
+    shape = run_arae("train", recipe_file, f"data.test={tmp_path}/shape.npz", "data.size=null")
+    refused(shape, "data.test", "(3, 20, 20)", "(3, 16, 16)")
+    assert not (Path(os.environ["ARAE_RUNS"]) / "tiny").exists()
+
+
+def test_a_folder_that_can_not_be_written_is_one_line(run_arae: Run, recipe_file: Path) -> None:
+    refused(run_arae("train", recipe_file, env={"ARAE_RUNS": "/proc/nowhere"}), "/proc/nowhere")
+
+
+def test_no_image_given_is_written_over(run_arae: Run, recipe_file: Path, tmp_path: Path, tiny_npz: Path) -> None:
+    from arae.pictures import free_name
+
+    taken = {tmp_path / "a-reconstruction.png", tmp_path / "a-reconstruction-2.png"}
+    assert free_name(tmp_path, "a-reconstruction", taken) == tmp_path / "a-reconstruction-3.png"
+    assert free_name(tmp_path, "b", taken) == tmp_path / "b.png"
 
 
 def test_labels_out_of_range_are_refused(run_arae: Run, recipe_file: Path, beton: Path) -> None:
@@ -142,11 +175,11 @@ def test_train_evaluate_reconstruct_report(run_arae: Run, recipe_file: Path, tin
     Image.fromarray(np.load(tiny_npz)["images"][0]).resize((40, 30)).save(photo)
     shown = run_arae("reconstruct", run, photo, "--out", tmp_path / "out")
     assert shown.returncode == 0, shown.stderr
-    with Image.open(tmp_path / "out" / "photo.png") as picture:
+    with Image.open(tmp_path / "out" / "photo-reconstruction.png") as picture:
         assert picture.size == (2 * 16 + 2, 16)
     assert run_arae("report", run).returncode == 0
     assert "<table" in (run / "report.html").read_text()
-    assert "tiny" in run_arae("ls", "runs").stdout
+    assert run_arae("ls", "runs").stdout.count("tiny") == 1
 
 
 @pytest.mark.parametrize(
@@ -158,7 +191,6 @@ def test_train_evaluate_reconstruct_report(run_arae: Run, recipe_file: Path, tin
         (["ls", "decoders"], "alexnet-conv5"),
         (["ls", "discriminators"], "alexnet-conv5"),
         (["ls", "metrics"], "ssim"),
-        (["ls", "runs"], ""),
         (["show"], "encoder.attack.eps"),
         (["show", "demo", "encoder.attack.eps=0.25"], "eps: 0.25"),
         (["plan", "RECIPE"], "FLOP"),

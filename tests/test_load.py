@@ -269,7 +269,7 @@ def _relabelled(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (Path.unlink, "is not there; `arae encode images .*x.beton` writes it"),
+        (Path.unlink, "is not there; `arae encode /path/to/images .*x.beton( split=test)?` writes it"),
         (_cut(100_000), "truncated or changed"),
         (_without_manifest(_cut(100_000)), "truncated or damaged"),
         (_without_manifest(_cut(1000)), "not a .beton file"),
@@ -308,5 +308,5 @@ def test_varying_sizes_without_a_size_are_refused(photos):
 
 
 def test_a_split_that_is_not_named(tmp_path):
-    with pytest.raises(InputError, match=r"data.test is not set: `arae encode images test.beton`"):
+    with pytest.raises(InputError, match=r"data.test is not set: `arae encode /path/to/images test.beton split=test`"):
         open_source(Data(), "test", CPU)

@@ -5,7 +5,7 @@ import shlex
 import typer
 
 from arae.cli import app
-from arae.config import load_recipe
+from arae.config import load_options, load_recipe
 
 CLI = typer.main.get_command(app)
 
@@ -33,8 +33,8 @@ def check_arae(words: list[str]) -> None:
         own = any(text.startswith("data.source=") for text in overrides)
         load_recipe("demo-images" if own else "demo", overrides)
     elif verb == "encode":
-        from arae.data.encode import parse_options
+        from arae.data.encode import EncodeOptions
 
-        parse_options(list(given["options"] or ()))
+        load_options(EncodeOptions, list(given["options"] or ()), where=verb)
     elif given.get("recipe") and not given["recipe"].startswith("runs/"):  # a run folder is there after a run only
         load_recipe(given["recipe"], overrides)

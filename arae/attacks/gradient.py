@@ -19,6 +19,7 @@ from arae.config import Attack
 from arae.modes import evaluating
 
 Model = Callable[[Tensor], Tensor]
+HALF_SCALE = 1024.0
 
 
 def pgd(
@@ -122,7 +123,10 @@ class _Search:
         """Gradient of each sample's loss in its image."""
         with torch.enable_grad():
             images = images.detach().requires_grad_()
-            loss = F.cross_entropy(self.model(images).to(images.dtype), y, reduction="sum")
+            logits = self.model(images)
+            # In half precision a confident sample's gradient would vanish; only its direction is used.
+            scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+            loss = scale * F.cross_entropy(logits.to(images.dtype), y, reduction="sum")
             gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
         if gradient is None:
             raise ValueError(

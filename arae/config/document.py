@@ -64,7 +64,7 @@ def parse_override(text: str) -> tuple[str, Any]:
         raise InputError(f"override {text!r}: write dotted.key=value, such as encoder.attack.eps=1.5")
     try:
         return key, yaml.safe_load(value)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         return key, value
 
 

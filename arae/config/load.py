@@ -85,7 +85,7 @@ def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         document = yaml.safe_load(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: can't be read ({error})") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {type(document).__name__}")

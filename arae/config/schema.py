@@ -225,6 +225,13 @@ class Evaluate(Part):
     lpips_weights: str | None = None
     """ImageNet weights of the backbone (torchvision's state dict), where they are not in torch's cache."""
 
+    @model_validator(mode="after")
+    def _attacks_have_norms(self) -> Self:
+        for i, attack in enumerate(self.attacks):
+            if attack.norm is None:
+                raise ValueError(f"attacks.{i} has no norm: add `norm: l2` or `norm: linf`")
+        return self
+
 
 class State(Part):
     """When the whole state of a run is saved."""
@@ -290,11 +297,15 @@ class Recipe(Part):
         return digest_of(self.model_dump(mode="json", exclude={"name", "base"}))
 
     def stage_digest(self, stage: Literal["encoder", "decoder"]) -> str:
-        """SHA-256 of just the parts that the result of a training stage depends on."""
-        document = self.model_dump(mode="json", include={"seed", "precision", "data", "encoder", "decoder"})
+        """SHA-256 of just the parts that the result of a training stage depends on.
+
+        Not the precision, which `auto` leaves to the machine, nor the training images' path: both are kept, as they
+        were, beside each state.
+        """
+        document = self.model_dump(mode="json", include={"seed", "data", "encoder", "decoder"})
         if stage == "encoder":
             del document["decoder"]
-        for where in ("source", "test", "loader"):  # where it lies, and what training does not see
+        for where in ("source", "train", "test", "loader"):  # where it lies, and what training does not see
             del document["data"][where]
         return digest_of(document)
 

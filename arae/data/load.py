@@ -6,8 +6,9 @@ epoch is entered by asking for its ids.
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
@@ -117,9 +118,43 @@ def _named(data: Data, split: Literal["train", "test"]) -> Path | None:
         return None
     path = Path(named)
     if not path.is_file():
-        source = data.source or data.name
-        raise InputError(f"data.{split}: {path} is not there; `arae encode {source} {path}` writes it")
+        raise InputError(f"data.{split}: {path} is not there; `{_encode_command(data, split, path)}` writes it")
     return path
+
+
+def _encode_command(data: Data, split: Literal["train", "test"], path: Path | str) -> str:
+    known = data.name in catalog.DATASETS and data.name != "images"
+    words = ["arae encode", data.name if known else data.source or "/path/to/images", str(path)]
+    words += ["split=test"] if split == "test" else []
+    words += [f"source={data.source}"] if known and data.source else []
+    return " ".join(words)
+
+
+def same_kind(train: Described, test: Described) -> None:
+    """InputError where the held-out images do not belong to the training images: other classes, another shape."""
+    if train.shape != test.shape:
+        raise InputError(
+            f"data.test: images {test.shape}, but data.train has {train.shape}: set data.size, data.channels"
+        )
+    if train.classes != test.classes:
+        raise InputError(
+            f"data.test: {len(test.classes)} classes {_brief(test.classes)}, but data.train has {len(train.classes)} "
+            f"{_brief(train.classes)}: encode both from one source"
+        )
+
+
+def _brief(names: Sequence[str]) -> str:
+    return f"({', '.join(names[:3])}{', …' if len(names) > 3 else ''})"
+
+
+def fingerprint(data: Data, split: Literal["train", "test"]) -> str:
+    """SHA-256 that tells this split's images from any others, whatever the path they lie at."""
+    path = _named(data, split)
+    if path is None:
+        read = _arrays(None, data, split)
+        return hashlib.sha256(read.images.tobytes() + read.labels.tobytes()).hexdigest()
+    manifest = beton.read_manifest(path) if path.suffix == ".beton" else None
+    return manifest.sha256 if manifest else beton.sha256_of(path)
 
 
 def _arrays(path: Path | None, data: Data, split: Literal["train", "test"]) -> Arrays:
@@ -159,8 +194,8 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 def _catalogue_arrays(data: Data, split: Literal["train", "test"], key: str) -> Arrays:
     dataset = catalog.find(data.name)
     if dataset.kind == "folder":
-        place = data.source or data.name
-        raise InputError(f"{key} is not set: `arae encode {place} {split}.beton` writes a file for it")
+        written = _encode_command(data, "test" if key == "data.test" else "train", f"{split}.beton")
+        raise InputError(f"{key} is not set: `{written}` writes a file for it")
     return catalog.read_arrays(data.name, data.source, split)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,10 @@ def save_part(
     data = save_tensors(dict(weights))
     temporary = folder / f"{part}.safetensors.tmp"
     try:
-        temporary.write_bytes(data)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
         temporary.replace(folder / f"{part}.safetensors")
     except OSError:
         temporary.unlink(missing_ok=True)
@@ -94,7 +98,7 @@ def read_config(folder: Path) -> dict[str, Any] | None:
     """The model folder's config; None where there is none."""
     try:
         return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except ValueError:
         raise InputError(f"{folder / 'config.json'}: not JSON; delete the folder to train anew") from None
@@ -135,10 +139,19 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     config = read_config(folder)
     if config is None or "encoder" not in config:
         raise InputError(f"{folder}: no model (config.json is missing); `arae train` makes one")
-    encoder, decoder = load_encoder(folder, config), None
-    if "decoder" in config:
-        image_shape = tuple(config["image_shape"])
-        feature_shape = encoder.feature_shape(image_shape, config["encoder"]["layer"])
-        decoder = create_decoder(config["decoder"]["name"], feature_shape=feature_shape, image_shape=image_shape)
-        decoder.load_state_dict(load_weights(folder / "decoder.safetensors", config["decoder"]["sha256"]))
-    return Autoencoder(encoder, decoder, config)
+    try:
+        encoder = load_encoder(folder, config)
+        return Autoencoder(encoder, load_decoder(folder, config, encoder), config)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{folder / 'config.json'}: not an arae model (no {error})") from None
+
+
+def load_decoder(folder: Path, config: Mapping[str, Any], encoder: Encoder) -> nn.Module | None:
+    """The decoder of a model folder, on the CPU; None where it has none."""
+    if "decoder" not in config:
+        return None
+    image_shape = tuple(config["image_shape"])
+    feature_shape = encoder.feature_shape(image_shape, config["encoder"]["layer"])
+    decoder = create_decoder(config["decoder"]["name"], feature_shape=feature_shape, image_shape=image_shape)
+    decoder.load_state_dict(load_weights(folder / "decoder.safetensors", config["decoder"]["sha256"]))
+    return decoder

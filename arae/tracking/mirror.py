@@ -173,6 +173,8 @@ class Sender:
         if self._client is None:
             from mlflow import MlflowClient
 
+            # What fails is told by us, in a line; MLflow would print the whole traceback each time.
+            logging.getLogger("mlflow").setLevel(logging.CRITICAL)
             with held(self.root / LOCK):  # two processes must not make the tables of one SQLite file at once
                 client = MlflowClient(self.uri)
                 client.search_experiments(max_results=1)

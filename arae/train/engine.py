@@ -134,6 +134,9 @@ class StepBuffers:
 
     def __init__(self, module: nn.Module) -> None:
         self.buffers = list(_running(module))
+        norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._counters = [m.num_batches_tracked for m in norms if m.num_batches_tracked is not None]
+        self._counts: list[Tensor] = []
         self._start: list[Tensor] = []
         self._sum: list[Tensor] = []
         self._count = 0
@@ -143,6 +146,7 @@ class StepBuffers:
         self._start = [b.clone() for b in self.buffers]
         self._sum = [torch.zeros_like(b) for b in self.buffers]
         self._count = 0
+        self._counts = [c + 1 for c in self._counters]  # a step counts once, however it is cut
 
     def keep(self) -> None:
         """Count what a micro-batch made of the buffers, and set them back for the next."""
@@ -160,6 +164,8 @@ class StepBuffers:
         """Leave the mean over the step's micro-batches and workers in the buffers."""
         if not self.buffers:
             return
+        for counter, count in zip(self._counters, self._counts, strict=True):
+            counter.copy_(count)
         flat = torch.cat([total.flatten() for total in self._sum]) / self._count
         engine.mean(flat)
         for buffer, part in zip(self.buffers, flat.split([b.numel() for b in self.buffers]), strict=True):

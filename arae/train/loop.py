@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,6 +57,8 @@ class Fit:
     engine: Engine
     log: Log
     total: int
+    images: str
+    """Fingerprint of the training images; a state goes on with no others."""
     validate: Callable[[int], dict[str, float]]
     """Measures on held-out images after a step; rank 0 alone calls it."""
     stop: Callable[[], bool]
@@ -78,11 +82,13 @@ def fit(trainer: Trainer, run: Fit) -> float:
         if at_interval:
             report(trainer.name, run, done, meter)
         if ends_epoch(run, done):
-            check(trainer.name, run, done, meter)
+            with meter.paused():
+                check(trainer.name, run, done, meter)
         # Workers must agree to stop, which costs them a word; one alone may look at every step.
         stopping = (at_interval or run.engine.size == 1) and run.engine.any(flag=run.stop())
         if done % run.recipe.state.every == 0 or stopping or done == run.total:
-            save(trainer, run, done, meter)
+            with meter.paused():
+                save(trainer, run, done, meter)
         if stopping and done < run.total:
             raise Stopped(
                 f"stopped at step {done} of {run.total} of the {trainer.name}; the same command goes on from there"
@@ -100,6 +106,16 @@ def resume(trainer: Trainer, run: Fit) -> tuple[int, float]:
         raise InputError(
             f"{run.folder.path}: its state is of another recipe (data, seed or {trainer.name} differ); "
             "give this run another name=… or delete the folder"
+        )
+    if payload["images"] != run.images:
+        raise InputError(
+            f"{run.folder.path}: its state was trained on other images than data.train holds now; "
+            "put those back, give this run another name=… or delete the folder"
+        )
+    if payload["precision"] != run.engine.precision:
+        raise InputError(
+            f"{run.folder.path}: its {trainer.name} was begun in {payload['precision']}, and here it would go on in "
+            f"{run.engine.precision}: add precision={payload['precision']}"
         )
     trainer.restore(payload["trainer"])
     run.log.note(f"resumed the {trainer.name} at step {saved.step} of {run.total}")
@@ -136,6 +152,7 @@ class Meter:
         self._interval: dict[str, Tensor] = {}
         self._steps = self._images = 0
         self._epoch: dict[str, list[float]] = {}
+        self._busy = 0.0  # seconds of this interval's steps before the last pause
         self._since = time.perf_counter()
 
     def add(self, values: dict[str, Tensor], images: int) -> None:
@@ -152,12 +169,14 @@ class Meter:
         metrics = dict(zip(names, means.tolist(), strict=True))
         for key, value in metrics.items():
             self._epoch.setdefault(key, []).append(value)
-        passed = time.perf_counter() - self._since
-        self.seconds += passed
-        rate = self._images / passed
-        self._interval, self._steps, self._images = {}, 0, 0
-        self.restart()
+        self._book()
+        rate = self._images / self._busy
+        self._interval, self._steps, self._images, self._busy = {}, 0, 0, 0.0
         return metrics, rate
+
+    def latest_loss(self) -> float:
+        """Mean loss of the interval so far, on this worker; zero where it has no steps."""
+        return self._interval["loss"].item() / self._steps if self._steps else 0.0
 
     def epoch(self) -> dict[str, float]:
         """Means over the intervals since the last call."""
@@ -165,21 +184,35 @@ class Meter:
         self._epoch = {}
         return means
 
-    def restart(self) -> None:
-        """Leave out of the rate what was done since the last interval (saving, validating)."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave what is done inside (saving, validating) out of the rate and of the seconds."""
+        self._book()
+        yield
         self._since = time.perf_counter()
+
+    def _book(self) -> None:
+        now = time.perf_counter()
+        self._busy += now - self._since
+        self.seconds += now - self._since
+        self._since = now
 
 
 def report(stage: str, run: Fit, done: int, meter: Meter) -> None:
     """Tell the interval's means; refuse to go on with a loss that is no number."""
     metrics, rate = meter.interval()
-    if not torch.isfinite(torch.tensor(metrics["loss"])):
-        raise AraeError(
-            f"the {stage}'s loss is {metrics['loss']} at step {done}: lower {stage}.lr or use precision=fp32; "
-            "the last state saved is kept"
-        )
+    refuse_no_number(stage, metrics["loss"], done)
     epoch = done * run.part.batch / run.source.n
     run.log.emit("interval", stage=stage, step=done, steps=run.total, epoch=epoch, metrics=metrics, images_per_s=rate)
+
+
+def refuse_no_number(stage: str, loss: float, done: int) -> None:
+    """AraeError where the loss is NaN or infinite."""
+    if not math.isfinite(loss):
+        raise AraeError(
+            f"the {stage}'s loss is {loss} at step {done}: lower {stage}.lr, or use precision=fp32, under another "
+            "name=…; the last state saved is kept"
+        )
 
 
 def ends_epoch(run: Fit, done: int) -> bool:
@@ -197,14 +230,18 @@ def check(stage: str, run: Fit, done: int, meter: Meter) -> None:
         measured = run.validate(done)
         epoch = round(done * run.part.batch / run.source.n, 2)
         run.log.emit("epoch", stage=stage, step=done, epoch=epoch, metrics=meter.epoch() | measured)
-    meter.restart()
 
 
 def save(trainer: Trainer, run: Fit, done: int, meter: Meter) -> None:
     """Write the state; rank 0 alone, for every worker has the same."""
     if run.log.active:
+        refuse_no_number(trainer.name, meter.latest_loss(), done)  # a state of NaNs would push a good one out
         stage = "encoder" if trainer.name == "encoder" else "decoder"
         digest, keep = run.recipe.stage_digest(stage), run.recipe.state.keep
-        payload = {"trainer": trainer.state(), "seconds": meter.seconds}
+        payload = {
+            "trainer": trainer.state(),
+            "seconds": meter.seconds,
+            "images": run.images,
+            "precision": run.engine.precision,
+        }
         save_state(run.folder.state, payload, stage=stage, step=done, digest=digest, keep=keep)
-    meter.restart()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from arae.attacks.gradient import perturb
 from arae.config import Attack, Recipe
 from arae.data.augment import to_float
-from arae.data.load import open_source
+from arae.data.load import Described, Source, open_source, same_kind
 from arae.metrics import psnr
 from arae.models.encoder import Encoder
 from arae.modes import evaluating
@@ -25,8 +25,10 @@ PICTURES = 8
 class Probe:
     """A fixed handful of held-out images, read once."""
 
-    def __init__(self, recipe: Recipe, folder: RunFolder, engine: Engine, log: Log) -> None:
+    def __init__(self, recipe: Recipe, folder: RunFolder, train: Source, engine: Engine, log: Log) -> None:
+        """`train`: the training images; InputError where the held-out ones do not belong to them."""
         source = open_source(recipe.data, "test", engine.device)
+        same_kind(*(Described(s.n, s.shape, s.classes) for s in (train, source)))
         where = np.linspace(0, source.n - 1, min(SIZE, source.n)).round().astype(np.int64)
         self.images = to_float(next(iter(source.batches(where[None])))).to(engine.device)
         self.labels = source.labels[torch.from_numpy(where)].to(engine.device)

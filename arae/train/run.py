@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from arae.config import Recipe, Stage
-from arae.data.load import Source, open_source
+from arae.data.load import Source, fingerprint, open_source
 from arae.errors import DiskFull, InputError
 from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
 from arae.models.autoencoder import load_encoder, read_config, save_part
@@ -88,7 +88,8 @@ class Worker:
             log,
             stop,
         )
-        self.probe = Probe(recipe, folder, engine, log) if log.active else None
+        self.images = fingerprint(recipe.data, "train")
+        self.probe = Probe(recipe, folder, source, engine, log) if log.active else None
 
     def encoder(self) -> Encoder:
         """The trained encoder: from the run folder where it is finished, else trained now."""
@@ -145,7 +146,18 @@ class Worker:
     ) -> None:
         stage = trainer.name
         self.log.emit("stage", stage=stage, state="started", steps=total)
-        run = Fit(self.recipe, part, self.folder, self.source, self.engine, self.log, total, validate, self.stop)
+        run = Fit(
+            self.recipe,
+            part,
+            self.folder,
+            self.source,
+            self.engine,
+            self.log,
+            total,
+            self.images,
+            validate,
+            self.stop,
+        )
         seconds = fit(trainer, run)
         if self.log.active:
             attack = self.recipe.encoder.attack
@@ -156,7 +168,7 @@ class Worker:
                 "train_eps": attack.eps,
             }
             training = hardware(self.engine) | {"seconds": round(seconds, 3)}
-            entry |= {"digest": self._digest(stage), "steps": total, "training": training}
+            entry |= {"digest": self._digest(stage), "images": self.images, "steps": total, "training": training}
             save_part(self.folder.model, stage, trainer.exported(), entry, common)
         self.log.emit("stage", stage=stage, state="finished", seconds=seconds)
         self.engine.barrier()
@@ -165,9 +177,9 @@ class Worker:
         config = read_config(self.folder.model) or {}
         if stage not in config:
             return False
-        if config[stage]["digest"] != self._digest(stage):
+        if config[stage]["digest"] != self._digest(stage) or config[stage]["images"] != self.images:
             raise InputError(
-                f"{self.folder.path}: its {stage} was trained by another recipe (data, seed, encoder"
+                f"{self.folder.path}: its {stage} was trained by another recipe or on other images (data, seed, encoder"
                 f"{' or decoder' if stage == 'decoder' else ''} differ); "
                 "give this run another name=… or delete the folder"
             )

@@ -11,7 +11,7 @@ def factor(schedule: Schedule, step: int, total: int) -> float:
     """The factor on `lr` for step `step` (from 0) of `total`."""
     done = step / max(1, total)
     if schedule.warmup and done < schedule.warmup:
-        return (step + 1) / max(1.0, schedule.warmup * total)
+        return min(1.0, (step + 1) / max(1.0, schedule.warmup * total))
     if schedule.kind == "step":
         # The tolerance keeps 30/90 of an epoch count from falling a step short of 1/3.
         return schedule.gamma ** math.floor(done / schedule.every + 1e-9)

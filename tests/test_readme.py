@@ -153,3 +153,35 @@ def test_the_architecture_page_names_every_module() -> None:
     page = (README.parent / "docs" / "architecture.md").read_text()
     modules = {p.stem for p in (README.parent / "arae").rglob("*.py")} - {"__init__", "__main__"}
     assert not sorted(name for name in modules if name not in page)
+
+
+def test_the_demos_records_show_what_the_demo_is_for() -> None:
+    """The committed run, held against what it must show; `make demo` is the experiment, this its record."""
+    from arae.records import read_records
+    from benchmarks.readme import RECORDS
+
+    records = read_records(RECORDS)
+    radii = sorted({r.model.train_eps for r in records})
+    assert len(radii) >= 3
+    assert radii[0] == 0
+
+    def value(eps: float, metric: str, protocol: str, attack: tuple[float, int, int] | None = None) -> float:
+        (one,) = [
+            r
+            for r in records
+            if (r.model.train_eps, r.metric, r.protocol) == (eps, metric, protocol)
+            and (r.threat and (r.threat.eps, r.threat.steps, r.threat.restarts)) == attack
+        ]
+        assert one.value is not None
+        assert one.n >= 900
+        return one.value
+
+    strong, weak = (radii[-1], 50, 5), (radii[-1], 10, 1)
+    robust, standard = (value(eps, "robust_accuracy", "classification", strong) for eps in (radii[-1], 0))
+    assert robust - standard >= 0.2
+    assert abs(robust - value(radii[-1], "robust_accuracy", "classification", weak)) < 0.03
+    for eps in radii:
+        assert value(eps, "clean_accuracy", "classification") >= 0.7
+        psnr = value(eps, "psnr", "reconstruction")
+        assert psnr >= value(eps, "psnr", "mean-image") + 5
+        assert psnr > value(eps, "psnr", "other-features")

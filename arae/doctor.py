@@ -75,9 +75,9 @@ def examine(runs_root: Path) -> list[Finding]:
         *torch_findings(torch_said, about),
         import_finding("torchvision", answers["torchvision"], "pip install the pair that belongs together, such as "
                        "torch==2.14.1 and torchvision==0.29.1, from one index"),
-        import_finding("FFCV", answers["ffcv"], f"apt-get install {_FFCV_PACKAGES}; then python -m pip install 'arae[ffcv]'"),
-        import_finding("Ray", answers["ray"], "python -m pip install 'arae[cluster]'"),
-        package_finding("DeepSpeed", "deepspeed", "python -m pip install 'arae[deepspeed]' (optional: sharded training)"),
+        import_finding("FFCV", answers["ffcv"], f"apt-get install {_FFCV_PACKAGES}; then pip install 'arae[ffcv]'"),
+        import_finding("Ray", answers["ray"], "pip install 'arae[cluster]'"),
+        package_finding("DeepSpeed", "deepspeed", "pip install 'arae[deepspeed]' (optional: sharded training)"),
         mlflow_finding(answers["mlflow"], os.environ.get("MLFLOW_TRACKING_URI")),
         lpips_finding(Path(about["hub"]) if "hub" in about else None),
         chromium_finding(shutil.which),
@@ -195,14 +195,14 @@ def mlflow_finding(answer: tuple[bool, str], uri: str | None) -> Finding:
     """Whether MLflow imports, and where runs are logged to."""
     if not answer[0]:
         return Finding(
-            "MLflow", "missing", answer[1], "python -m pip install 'arae[track]' (without it, runs keep their own log)"
+            "MLflow", "missing", answer[1], "pip install 'arae[track]' (without it, runs keep their own log)"
         )
     return Finding("MLflow", "ok", f"{answer[1]}, logging to {uri or 'mlflow.db beside the runs'}")
 
 
 def lpips_finding(hub: Path | None) -> Finding:
     """Whether LPIPS needs a download: the package, and AlexNet's ImageNet weights in torch's cache."""
-    found = package_finding("LPIPS", "lpips", "python -m pip install 'arae[eval]'")
+    found = package_finding("LPIPS", "lpips", "pip install 'arae[eval]'")
     if found.state != "ok" or hub is None:
         return found
     weights = sorted((hub / "checkpoints").glob("alexnet-*.pth"))

@@ -123,7 +123,7 @@ def _lpips_model(net: str, path: str) -> nn.Module:
     try:
         import lpips as package
     except ImportError as error:
-        raise MetricUnavailable(f"LPIPS needs the package lpips ({error}): python -m pip install 'arae[eval]'") from None
+        raise MetricUnavailable(f"LPIPS needs the package lpips ({error}): pip install 'arae[eval]'") from None
     with warnings.catch_warnings():
         # lpips asks torchvision for untrained networks by an argument that torchvision has renamed.
         warnings.filterwarnings("ignore", "The parameter 'pretrained' is deprecated", UserWarning)

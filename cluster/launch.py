@@ -79,7 +79,7 @@ def connect(where: Where) -> None:
     try:
         import ray
     except ImportError:
-        raise InputError("--workers needs Ray: python -m pip install 'arae[cluster]'") from None
+        raise InputError("--workers needs Ray: pip install 'arae[cluster]'") from None
     if ray.is_initialized():
         return
     env = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}

@@ -135,7 +135,7 @@ def need_ffcv(what: str) -> None:
     try:
         import ffcv  # noqa: F401
     except ImportError as error:
-        raise InputError(f"{what} needs FFCV ({error}): python -m pip install 'arae[ffcv]', or use .npz files") from None
+        raise InputError(f"{what} needs FFCV ({error}): pip install 'arae[ffcv]', or use .npz files") from None
 
 
 @cache

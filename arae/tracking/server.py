@@ -27,7 +27,7 @@ def ui(runs_root: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     Raises InputError: MLflow is not installed, no run has been mirrored yet, or the port is taken.
     """
     if importlib.util.find_spec("mlflow") is None:
-        raise InputError("arae ui: MLflow is not installed; `python -m pip install 'arae[track]'` adds it")
+        raise InputError("arae ui: MLflow is not installed; `pip install 'arae[track]'` adds it")
     uri = tracking_uri(runs_root)
     is_server = uri.startswith(("http:", "https:"))
     if not is_server:

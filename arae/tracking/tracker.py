@@ -287,5 +287,5 @@ def _mlflow_is_there(note: Note) -> bool:
         return True
     if not _said_missing.is_set():
         _said_missing.set()
-        note("MLflow is not installed, so the run is kept in its folder alone; `python -m pip install 'arae[track]'` adds it")
+        note("MLflow is not installed, so the run is kept in its folder alone; `pip install 'arae[track]'` adds it")
     return False

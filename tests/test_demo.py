@@ -2,17 +2,24 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import quote
 
 import numpy as np
 import pytest
-from browser import chromium, text_of
+from browser import chromium, text_of, wait_for_texts
 from PIL import Image
+from test_tracking import free_port
+from test_ui_browser import wait_until_up
 
 from arae.data.encode import EncodeOptions, encode
 from arae.demo import demo_recipe, pick
 from arae.errors import InputError
+from arae.tracking.mirror import CARD
 
 SHORT = (
     "map.radii=[0,1.5]",
@@ -56,6 +63,30 @@ def test_the_demo_in_short(run_arae: Callable[..., object], fashion_mnist: Path,
         assert len(widths) == 2
         assert min(widths) > 200
         assert browser.execute_script("return document.querySelectorAll('table').length") >= 1
+    compare_in_the_ui(runs, records, tmp_path)
+
+
+def compare_in_the_ui(runs: Path, records: list[dict], tmp_path: Path) -> None:
+    """`arae ui` on the demo's own runs, in a real browser: both runs and what was measured of them."""
+    names = ["demo/eps-0", "demo/eps-1.5"]
+    ids = [json.loads((runs / name / CARD).read_text())["run_id"] for name in names]
+    clean = [r["value"] for r in records if (r["metric"], r["protocol"]) == ("clean_accuracy", "classification")]
+    psnr = [
+        r["value"] for r in records if (r["metric"], r["protocol"], r["threat"]) == ("psnr", "reconstruction", None)
+    ]
+    port = free_port()
+    command = [sys.executable, "-m", "arae", "ui", "--port", str(port)]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, text=True) as server:
+        try:
+            wait_until_up(server, f"http://127.0.0.1:{port}/health")
+            with chromium(tmp_path / "second profile", height=1600) as browser:
+                page = f"compare-runs?runs={quote(json.dumps(ids))}&experiments=%5B%221%22%5D"
+                browser.get(f"http://127.0.0.1:{port}/#/{page}")
+                shown = [f"{value:.4g}" for value in (*clean, *psnr)]  # the page rounds to four digits
+                metrics = ["final/clean_accuracy", "final/psnr.reconstruction", "train_eps"]
+                wait_for_texts(browser, [*names, *metrics, *shown])
+        finally:
+            server.send_signal(signal.SIGINT)
 
 
 @pytest.mark.integration

@@ -1,0 +1,1 @@
+"""Searches over recipes: spaces and sweeps. Not built yet; the name is kept for them."""

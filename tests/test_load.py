@@ -310,3 +310,22 @@ def test_varying_sizes_without_a_size_are_refused(photos):
 def test_a_split_that_is_not_named(tmp_path):
     with pytest.raises(InputError, match=r"data.test is not set: `arae encode /path/to/images test.beton split=test`"):
         open_source(Data(), "test", CPU)
+
+
+def test_ffcv_leaves_torch_its_threads(tmp_path: Path) -> None:
+    """In a fresh process, for the import alone would set them to one."""
+    np.savez(tmp_path / "a.npz", images=np.zeros((8, 8, 8, 3), np.uint8), labels=np.arange(8) % 2)
+    script = f"""
+import torch
+from pathlib import Path
+torch.set_num_threads(2)
+from arae.config import Data
+from arae.data.encode import EncodeOptions, encode
+from arae.data.load import open_source
+encode({str(tmp_path / "a.npz")!r}, Path({str(tmp_path / "a.beton")!r}), EncodeOptions(split="all"))
+assert torch.get_num_threads() == 2, "encoding"
+source = open_source(Data(train={str(tmp_path / "a.beton")!r}), "train", torch.device("cpu"))
+assert torch.get_num_threads() == 2, "loading"
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -131,11 +131,14 @@ def in_chunks(decoding: Decoding, rows: np.ndarray) -> Iterator[tuple[int, torch
 
 
 def need_ffcv(what: str) -> None:
-    """InputError where FFCV can't be imported."""
+    """InputError where FFCV can't be imported. Call it before any other import of FFCV's."""
+    threads = torch.get_num_threads()
     try:
         import ffcv  # noqa: F401
     except ImportError as error:
         raise InputError(f"{what} needs FFCV ({error}): pip install 'arae[ffcv]', or use .npz files") from None
+    finally:
+        torch.set_num_threads(threads)  # importing it leaves the whole process with one
 
 
 @cache

@@ -15,6 +15,7 @@ from PIL import Image
 from arae.errors import InputError
 from arae.records import Record, read_records
 from arae.report.table import Column, tabulate, threat_text
+from arae.report.words import sentences
 from arae.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,11 +34,10 @@ def shown(record: Record | None) -> str:
 
 
 def table(records: list[Record]) -> str:
-    """Markdown: one row a training radius; accuracies in per cent, PSNR in dB."""
+    """Markdown: what is seen, in words; one row a training radius, accuracies in per cent, PSNR in dB."""
     made = tabulate(records)
-    columns = [
-        c for c in made.columns if c.protocol == "classification" or (c.protocol == "reconstruction" and not c.threat)
-    ]
+    columns = [c for c in made.columns if c.protocol in ("classification", "reconstruction") and shows(c)]
+    columns = [c for c in columns if any(row.get(c.metric, c.protocol, c.threat) for row in made.rows)]
     head = ["encoder", *(heading(c) for c in columns)]
     lines = [head, ["---"] * len(head)]
     lines += [[row.label, *(shown(row.cells.get(c)) for c in columns)] for row in made.rows]
@@ -45,7 +45,13 @@ def table(records: list[Record]) -> str:
     hardware = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in one.hardware.items() if key != "seconds")
     measured = f"n = {one.n} held-out images of {one.dataset}; 95 % intervals"
     tail = f"{measured}; {one.time[:10]}, revision {one.git[:12]}; {hardware}."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{tail}\n"
+    said = "\n".join(f"- {sentence}" for sentence in sentences(made))
+    return said + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{tail}\n"
+
+
+def shows(column: Column) -> bool:
+    """Accuracies, and the quality of clean reconstructions; the page has the rest."""
+    return column.protocol == "classification" or column.threat is None
 
 
 def heading(column: Column) -> str:

@@ -18,7 +18,7 @@ from arae.report.table import (
     threat_text,
 )
 
-_BASELINE_NAMES = ("the mean training image", "itself fed another image’s features")
+_BASELINE_NAMES = ("the mean image", "itself fed another image’s features")
 
 
 def sentences(table: Table) -> list[str]:

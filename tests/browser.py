@@ -54,3 +54,19 @@ def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 60.0) -> 
         assert time.monotonic() < deadline, f"{missing} not on the page:\n{page}"
         time.sleep(0.3)
     return page
+
+
+def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = 90) -> None:
+    """Wait until each text has been on the page, scrolling all that scrolls: of a long table only a part is there."""
+    seen, deadline = "", time.monotonic() + seconds
+    while missing := [text for text in texts if text not in seen]:
+        assert time.monotonic() < deadline, f"not on the page: {missing}"
+        seen += text_of(browser)
+        browser.execute_script(
+            """for (const e of document.querySelectorAll('*')) {
+                 if (e.scrollHeight <= e.clientHeight + 4 || getComputedStyle(e).overflowY === 'visible') continue;
+                 const end = e.scrollTop + e.clientHeight >= e.scrollHeight - 4;
+                 e.scrollTop = end ? 0 : e.scrollTop + e.clientHeight / 2;
+               }"""
+        )
+        time.sleep(0.3)

@@ -242,9 +242,15 @@ def test_difference_from_the_base(folder: Path) -> None:
     assert difference(recipe) == {"encoder.attack.eps": 1.0, "data.augment": ["flip"]}
 
 
-def test_difference_without_a_base_is_the_recipe(folder: Path) -> None:
+def test_a_file_is_the_base_of_what_comes_of_it(folder: Path) -> None:
     recipe = load_recipe("small.yaml")
-    assert recipe.base is None
+    assert recipe.base == "small.yaml"
+    assert difference(recipe) == {}
+    assert difference(recipe.replace({"encoder.attack.eps": 1.25})) == {"encoder.attack.eps": 1.25}
+
+
+def test_difference_without_a_base_is_the_recipe(folder: Path) -> None:
+    recipe = load_recipe("small.yaml").replace({"base": None})
     assert difference(recipe)["encoder.attack.eps"] == 0.5
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from browser import chromium, text_of, wait_for_texts
+from browser import chromium, find_by_scrolling, text_of
 from PIL import Image
 from test_tracking import free_port
 from test_ui_browser import wait_until_up
@@ -84,7 +84,7 @@ def compare_in_the_ui(runs: Path, records: list[dict], tmp_path: Path) -> None:
                 browser.get(f"http://127.0.0.1:{port}/#/{page}")
                 shown = [f"{value:.4g}" for value in (*clean, *psnr)]  # the page rounds to four digits
                 metrics = ["final/clean_accuracy", "final/psnr.reconstruction", "train_eps"]
-                wait_for_texts(browser, [*names, *metrics, *shown])
+                find_by_scrolling(browser, [*names, *metrics, *shown])
         finally:
             server.send_signal(signal.SIGINT)
 

@@ -14,6 +14,8 @@ from arae.config.document import PartType, checked, flatten, merged, parse_overr
 from arae.config.schema import Recipe
 from arae.errors import InputError
 
+RESOLVED = "recipe.yaml"  # a run folder's recipe
+
 
 def shipped_recipes() -> dict[str, Path]:
     """The recipes that come with arae, by name."""
@@ -34,8 +36,8 @@ def load_recipe(name_or_path: str | Path, overrides: Iterable[str] = ()) -> Reci
         raise InputError(
             "override base=…: a base belongs in a recipe's file; to start from another recipe, name that one"
         )
-    if pairs and document.get("base") is None:
-        document["base"] = str(name_or_path)
+    if document.get("base") is None and path.name != RESOLVED:
+        document["base"] = str(name_or_path)  # what overrides, and a demo's radii, are a difference from
     for key, value in pairs:
         set_key(document, key, value)
     return checked(Recipe, document, where=str(name_or_path))
@@ -69,8 +71,8 @@ def _recipe_path(name: str, beside: Path = Path()) -> Path:
     if name in shipped:
         return shipped[name]
     path = beside / name
-    if path.is_dir() and (path / "recipe.yaml").is_file():
-        return path / "recipe.yaml"
+    if path.is_dir() and (path / RESOLVED).is_file():
+        return path / RESOLVED
     if path.is_file():
         return path
     near = difflib.get_close_matches(name, shipped, n=1)
@@ -90,7 +92,7 @@ def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if not isinstance(document, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {type(document).__name__}")
     base = document.get("base")
-    if base is None or (path.name == "recipe.yaml" and "encoder" in document and "data" in document):
+    if base is None or (path.name == RESOLVED and "encoder" in document and "data" in document):
         return document  # a run folder's recipe is whole already; its base only names where it came from
     parent = _recipe_path(str(base), beside=path.parent)
     found_by = str(base) if str(base) in shipped_recipes() else str(parent)

@@ -16,6 +16,7 @@ from arae.data.augment import to_float
 from arae.data.images import UnusableImageError, fit, open_rgb
 from arae.data.load import to_channels
 from arae.errors import InputError
+from arae.files import write_bytes
 from arae.metrics import psnr
 from arae.models.autoencoder import Autoencoder
 
@@ -41,9 +42,7 @@ def save_png(x: Tensor, path: Path) -> None:
     """Write one image [1 or 3, H, W] as PNG, all or nothing."""
     buffer = io.BytesIO()
     to_image(x).save(buffer, format="PNG")
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(buffer.getvalue())
-    temporary.replace(path)
+    write_bytes(path, buffer.getvalue())
 
 
 def read_image(path: Path, shape: tuple[int, int, int]) -> Tensor:

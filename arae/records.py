@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +11,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from arae.errors import InputError
+from arae.files import write_text
 
 
 class Model(BaseModel):
@@ -85,13 +85,7 @@ class Record(BaseModel):
 
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """Replace the file by these records, all or nothing."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        for record in records:
-            file.write(record.model_dump_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    write_text(path, "".join(record.model_dump_json() + "\n" for record in records))
 
 
 def read_records(path: Path) -> list[Record]:

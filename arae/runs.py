@@ -11,6 +11,7 @@ from pathlib import Path
 
 from arae.config import Recipe, dump_recipe
 from arae.errors import InputError
+from arae.files import write_text
 
 
 def runs_root() -> Path:
@@ -86,13 +87,3 @@ class RunFolder:
                     f"{self.path}: another command is at work on this run; wait for it or stop it"
                 ) from None
             yield
-
-
-def write_text(path: Path, text: str) -> None:
-    """Replace a small file, all or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import torch
 
 from arae.errors import InputError
-from arae.runs import write_text
+from arae.files import write_text
 from arae.train.engine import default_device
 from benchmarks.harness import README, Result, read, section, with_tables, write
 from benchmarks.loading import loading

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from arae import provenance
 from arae.config import Part
-from arae.runs import write_text
+from arae.files import write_text
 
 FOLDER = Path(__file__).resolve().parent
 RESULTS = FOLDER / "results"

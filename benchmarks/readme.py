@@ -13,10 +13,10 @@ from pathlib import Path
 from PIL import Image
 
 from arae.errors import InputError
+from arae.files import write_text
 from arae.records import Record, read_records
 from arae.report.table import Column, tabulate, threat_text
 from arae.report.words import sentences
-from arae.runs import write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 README, RECORDS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "demo.jsonl"

@@ -23,7 +23,7 @@ from arae.data.beton import Manifest, manifest_path
 from arae.data.images import UnusableImageError
 from arae.data.sources import Found, Survey, find, survey
 from arae.errors import InputError
-from arae.runs import write_text
+from arae.files import write_text
 from arae.seeds import mix, mix_array
 
 Progress = Callable[[str, int, int], None]

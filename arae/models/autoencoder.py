@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor, nn
 
 from arae.errors import InputError
+from arae.files import write_bytes, write_text
 from arae.models import Encoder, create_decoder, create_encoder
-from arae.runs import write_text
 
 
 class Autoencoder:
@@ -77,16 +76,7 @@ def save_part(
     """
     folder.mkdir(parents=True, exist_ok=True)
     data = save_tensors(dict(weights))
-    temporary = folder / f"{part}.safetensors.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / f"{part}.safetensors")
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_bytes(folder / f"{part}.safetensors", data)
     config = read_config(folder) or {}
     if part == "encoder":
         config.pop("decoder", None)  # it inverted another encoder

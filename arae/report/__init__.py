@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from arae.config import Recipe
 from arae.errors import InputError
+from arae.files import write_bytes
 from arae.records import Record, read_records
 from arae.report.figures import Grid, grid_png, map_png
 from arae.report.page import render
@@ -38,10 +38,10 @@ def write_report(
     grid_bytes = grid_png(grid) if grid else picture.read_bytes() if picture.is_file() else None
     page = render(table, records, recipe, map_bytes, grid_bytes, commands)
     folder.mkdir(parents=True, exist_ok=True)
-    _write_bytes(folder / "map.png", map_bytes)
+    write_bytes(folder / "map.png", map_bytes)
     if grid_bytes:
-        _write_bytes(picture, grid_bytes)
-    _write_bytes(folder / "report.html", page.encode())
+        write_bytes(picture, grid_bytes)
+    write_bytes(folder / "report.html", page.encode())
     return folder / "report.html"
 
 
@@ -58,13 +58,3 @@ def collect(folder: Path) -> list[Record]:
     if not files:
         raise InputError(f"{folder}: no records.jsonl in it or in its sub-folders; `arae evaluate` writes them")
     return [record for file in files for record in read_records(file)]
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file, all or nothing."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)

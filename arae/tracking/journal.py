@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from arae.runs import write_text
+from arae.files import write_text
 
 Operation = dict[str, Any]
 

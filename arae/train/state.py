@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from arae.runs import write_text
+from arae.files import write_bytes, write_text
 
 
 @dataclass(frozen=True)
@@ -39,16 +38,7 @@ def save_state(folder: Path, payload: dict[str, Any], *, stage: str, step: int, 
     torch.save(payload, buffer)
     data = buffer.getbuffer()
     name = f"{stage}-{step:08d}.pt"
-    temporary = folder / f"{name}.tmp"
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(folder / name)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_bytes(folder / name, data)
     saved = Saved(name, hashlib.sha256(data).hexdigest(), len(data), stage, step, digest)
     listed = [s for s in list_states(folder) if s.file != name and s.stage == stage][-(keep - 1) :] if keep > 1 else []
     write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in (*listed, saved)]}, indent=1))

@@ -253,3 +253,16 @@ def test_photographs(tmp_path, test_data):
     manifest = encode(str(tmp_path / "set"), tmp_path / "x.beton", EncodeOptions(split="all", mode="jpg", size=128))
     assert (manifest.n, min(manifest.height[0], manifest.width[0])) == (10, 128)
     assert stored(tmp_path / "x.beton", size=96).float().std() > 30
+
+
+@pytest.mark.parametrize(("train", "test"), [("train", "test"), ("training", "testing"), ("training", "val")])
+def test_split_folders_by_their_usual_names(tmp_path: Path, train: str, test: str) -> None:
+    from arae.data.images import list_folder
+
+    for part, count in ((train, 3), (test, 2)):
+        (tmp_path / part / "a").mkdir(parents=True)
+        for i in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / part / "a" / f"{i}.png")
+    held_out = ("test", "testing", "val")
+    assert [len(list_folder(tmp_path, split, held_out).labels) for split in ("train", "test", "all")] == [3, 2, 5]
+    assert list_folder(tmp_path, "train", held_out).classes == ("a",)

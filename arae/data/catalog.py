@@ -47,7 +47,7 @@ class Dataset:
     """Where they are looked for by default."""
     files: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """File names of each split."""
-    held_out: tuple[str, ...] = ("test", "val", "valid", "validation")
+    held_out: tuple[str, ...] = ("test", "testing", "val", "valid", "validation")
     """For folders: names that the folder of held-out images may have, best first."""
 
 

@@ -15,7 +15,8 @@ from PIL import Image, ImageOps
 from arae.errors import InputError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-SPLIT_FOLDERS = ("train", "test", "val", "valid", "validation")
+TRAIN_FOLDERS = ("train", "training")
+SPLIT_FOLDERS = (*TRAIN_FOLDERS, "test", "testing", "val", "valid", "validation")
 MAX_SIDE = 65_535  # .beton files hold sides as 16-bit numbers
 _ORIENTATION = 0x0112
 _TURNS = {
@@ -47,7 +48,7 @@ class UnusableImageError(Exception):
 
 
 def list_folder(root: Path, split: Literal["train", "test", "all"], held_out: Sequence[str]) -> Folder:
-    """The images under `root`/<class>/…, or of `root`/train and `root`/<one of `held_out`> where these are its splits.
+    """The images under `root`/<class>/…, or of folders `train` (`training`) and one of `held_out`, where they are.
 
     Without splits of its own, the files whose path hashes to a tenth are `test`: a choice that stays as files are
     added. A folder of images without class folders is one class. InputError where the split has no image.
@@ -158,9 +159,10 @@ def _split_folders(root: Path, held_out: Sequence[str]) -> dict[str, str]:
     """Folder name → split, where `root` is divided by folders; empty where it is not."""
     names = {entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
     test = next((name for name in held_out if name in names), None)
-    if "train" not in names or test is None or not names <= set(SPLIT_FOLDERS):
+    train = next((name for name in TRAIN_FOLDERS if name in names), None)
+    if train is None or test is None or not names <= set(SPLIT_FOLDERS):
         return {}
-    return {"train": "train", test: "test"}
+    return {train: "train", test: "test"}
 
 
 def _part_of(path: str, parts: dict[str, str]) -> str | None:

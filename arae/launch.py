@@ -62,11 +62,10 @@ class Where:
 
 
 def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) -> None:
-    """Train the recipe into its run folder; returns when it is trained.
+    """Train the recipe into its run folder, which `session` holds; returns when it is trained.
 
     Raises what `arae.train.run.train` raises, wherever it was raised.
     """
-    refuse_another(recipe, folder)
     for what, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)):
         if part is not None:  # said here, before a cluster is started for it
             check_share(part.batch // part.micro, where.workers or 1, what)

@@ -11,7 +11,7 @@ from arae.data.catalog import DATASETS
 from arae.errors import InputError
 from arae.metrics import METRICS
 from arae.models.autoencoder import read_config
-from arae.models.zoo import DECODERS, DISCRIMINATORS, ENCODERS
+from arae.models.zoo import summaries
 from arae.runs import RunFolder, runs_root
 
 Rows = list[tuple[str, str]]
@@ -44,9 +44,9 @@ def runs() -> Rows:
 LISTS: dict[str, Callable[[], Rows]] = {
     "recipes": recipes,
     "data": lambda: [(name, d.title) for name, d in DATASETS.items()],
-    "encoders": lambda: [(name, e.summary) for name, e in ENCODERS.items()],
-    "decoders": lambda: [(name, e.summary) for name, e in DECODERS.items()],
-    "discriminators": lambda: [(name, e.summary) for name, e in DISCRIMINATORS.items()],
+    "encoders": lambda: list(summaries()["encoders"].items()),
+    "decoders": lambda: list(summaries()["decoders"].items()),
+    "discriminators": lambda: list(summaries()["discriminators"].items()),
     "metrics": lambda: [(name, f"{m.direction} is better, in {m.unit}") for name, m in METRICS.items()],
     "runs": runs,
 }

@@ -35,7 +35,11 @@ def check(recipe: Recipe, device: torch.device) -> Iterator[str]:
     if "train" in found:
         shape, classes = found["train"].shape, len(found["train"].classes)
     encoder = create_encoder(
-        recipe.encoder.name, num_classes=max(classes, 2), in_channels=shape[0], image_size=shape[1]
+        recipe.encoder.name,
+        num_classes=max(classes, 2),
+        in_channels=shape[0],
+        image_size=shape[1],
+        width=recipe.encoder.width,
     )
     features = encoder.feature_shape(shape, recipe.encoder.layer)
     yield f"encoder: {recipe.encoder.name}, features {features} at {recipe.encoder.layer or encoder.layer}"

@@ -47,7 +47,9 @@ class Networks:
     def __init__(self, recipe: Recipe, shape: Shape, num_classes: int) -> None:
         """For images of `shape` (C, H, W); InputError where the networks do not fit them."""
         self.recipe, self.shape, self.layer = recipe, shape, recipe.encoder.layer
-        self.encoder: Encoder = create_encoder(recipe.encoder.name, max(num_classes, 2), shape[0], shape[1])
+        self.encoder: Encoder = create_encoder(
+            recipe.encoder.name, max(num_classes, 2), shape[0], shape[1], width=recipe.encoder.width
+        )
         self.feature_shape = self.encoder.feature_shape(shape, self.layer)
         self.decoder: nn.Module | None = None
         self.discriminator: nn.Module | None = None
@@ -117,7 +119,7 @@ class Networks:
         """FLOPs an image of evaluation: every attack with all its restarts, and the reconstructions."""
         attacks = self.recipe.evaluate.attacks
         total = self.classify.forward + sum(attack_flops(self.classify, a) + self.classify.forward for a in attacks)
-        if self.decoder is not None and self.recipe.evaluate.reconstruct:
+        if self.decoder is not None:
             total += (1 + len(attacks)) * (self.tap.forward + self.generate.forward)
         return total
 

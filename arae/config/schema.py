@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -58,10 +58,32 @@ class Part(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    later: ClassVar[frozenset[str]] = frozenset()
+    """Keys that were added after runs had been made: at their default they stay out of digests, which so stay valid."""
+
+    def digested(self) -> dict[str, Any]:
+        """The part as a JSON document for a digest."""
+        document = self.model_dump(mode="json")
+        for name, field in type(self).model_fields.items():
+            value = getattr(self, name)
+            if name in self.later and value == field.get_default(call_default_factory=True):
+                del document[name]
+            elif isinstance(value, Part):
+                document[name] = value.digested()
+            elif isinstance(value, tuple):
+                pairs = zip(value, document[name], strict=True)
+                document[name] = [one.digested() if isinstance(one, Part) else plain for one, plain in pairs]
+        return document
+
 
 class Attack(Part):
-    """PGD in a threat model (Madry et al. 2018, Eq. 2 of the ARAE paper)."""
+    """An attack in a threat model; for training, PGD (Madry et al. 2018, Eq. 2 of the ARAE paper)."""
 
+    later = frozenset({"kind"})
+
+    kind: Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack"] = "pgd"
+    """`apgd-ce`, `apgd-dlr`, `apgd-t` (targeted DLR): Croce & Hein 2020, which choose their own step size; `autoattack`:
+    their standard suite, which chooses its own steps and restarts too. For evaluation only."""
     norm: Norm | None = None
     """Norm of the perturbation; required where eps > 0."""
     eps: Radius = 0.0
@@ -154,23 +176,62 @@ class Stage(Part):
         return math.ceil((self.epochs or 0) * n / self.batch)
 
 
+class Objective(Part):
+    """What the encoder's training minimises over the attacked images."""
+
+    kind: Literal["at", "trades", "mart", "gairat"] = "at"
+    """`at`: cross-entropy of the attacked images (Madry et al. 2018); TRADES (Zhang et al. 2019), MART (Wang et al.
+    2020), GAIRAT (Zhang et al. 2021)."""
+    beta: Positive | None = None
+    """Weight of the robust term of TRADES (default 6) and MART (default 5)."""
+    burn_in: Fraction01 = 0.5
+    """GAIRAT: share of the stage before the samples are weighted."""
+    shift: float = -1.0
+    """GAIRAT: lambda of its weights, (1 + tanh(lambda + 5 (1 - 2 k / K))) / 2 for a sample that falls at step k of K."""
+
+
 class Encoder(Stage):
     """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
 
+    later = frozenset({"width", "objective"})
+
     name: str
-    """A network of `arae ls encoders`."""
+    """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
     layer: str | None = None
     """The tap: which layer's output is the feature; default: the network's own."""
+    width: Positive = 1.0
+    """Factor on the network's channels, for the networks of arae's own (not `torchvision/…`)."""
     weights: str | None = None
     """Start from these weights: a `.safetensors` file or a run folder; with `steps: 0` they are used as they are."""
     attack: Attack = Attack()
     """What the training images are attacked with; eps 0 is standard training."""
+    objective: Objective = Objective()
     lr: Positive = 0.1
     momentum: Fraction01 = 0.9
     weight_decay: Annotated[float, Field(ge=0)] = 1e-4
     label_smoothing: Fraction01 = 0.0
     ema: Fraction01 = 0.0
     """Decay of the moving average of the weights that is exported; 0 exports the weights themselves."""
+
+    @model_validator(mode="after")
+    def _trained_by_pgd(self) -> Self:
+        if self.attack.kind != "pgd":
+            raise ValueError(f"attack.kind = {self.attack.kind} is for evaluation; training attacks by pgd")
+        if self.objective.kind != "at" and self.label_smoothing:
+            raise ValueError(f"label_smoothing is for objective.kind = at, not {self.objective.kind}: set it to 0")
+        return self
+
+
+Preset = Literal[
+    "inversion-pixel",
+    "inversion-pixel-feature",
+    "inversion",
+    "anomaly-standard",
+    "anomaly-robust",
+    "style-standard",
+    "style-robust",
+    "denoising",
+]
 
 
 class Losses(Part):
@@ -179,6 +240,11 @@ class Losses(Part):
     The paper's weights are for sums over a batch of 128: `arae.train.losses.from_paper` converts them.
     """
 
+    later = frozenset({"preset"})
+
+    preset: Preset | None = None
+    """One of the paper's weight sets (Sec. A4 of its appendix), converted to means at the images' and features' sizes;
+    it takes the place of `pixel`, `feature`, `adversarial` and `discriminator`."""
     pixel: Annotated[float, Field(ge=0)] = 1.0
     """Eq. 4: mean absolute (or squared) difference of the images."""
     pixel_norm: Literal["l1", "l2"] = "l1"
@@ -196,12 +262,30 @@ class Losses(Part):
         return self
 
 
+class Comparator(Part):
+    """A network beside the encoder whose features the feature loss and the discriminator compare."""
+
+    name: str
+    """A network of `arae ls encoders`, or `torchvision/NAME`."""
+    weights: str
+    """Its weights: a `.safetensors` or `.pt` file with a state dict, a run folder or a model folder."""
+    layer: str | None = None
+    """The tap; default: the network's own."""
+
+
 class Decoder(Stage):
     """The generator that inverts the features, and its training (Adam; Sec. A4.1 of the paper's appendix)."""
+
+    later = frozenset({"normalisation", "comparator"})
 
     name: str = "mirror"
     """A network of `arae ls decoders`; `mirror` derives one from the feature and image shapes."""
     losses: Losses = Losses()
+    normalisation: Literal["encoder", "signed"] = "encoder"
+    """What the images are normalised by before they are encoded for the decoder: the `encoder`'s own mean and deviation,
+    or 2x - 1 (`signed`), as the authors' code does; the feature loss keeps the encoder's own."""
+    comparator: Comparator | None = None
+    """Default: the encoder itself."""
     lr: Positive = 3e-4
     discriminator_lr: Positive = 12e-4
     betas: tuple[Fraction01, Fraction01] = (0.0, 0.9)
@@ -210,26 +294,63 @@ class Decoder(Stage):
     """Decay of the moving average of the weights that is exported; 0 exports the weights themselves."""
 
 
+class Inversion(Part):
+    """Images found by descent on the distance of their features (RI; Engstrom et al. 2019), with no decoder."""
+
+    steps: Count = 10_000
+    """Descent steps; the reference's 10,000."""
+    step_size: Positive = 1.0
+    """l2 length of a step, for images in [0, 1]; the reference's 1 at 224 px."""
+    start: Literal["noise", "other"] = "noise"
+    """Start at noise, or at another of the evaluated images."""
+
+
 class Evaluate(Part):
     """What is measured on the held-out images."""
 
+    later = frozenset({"protocol", "factors", "images", "tile", "inversion"})
+
+    protocol: Literal["map", "reconstruction", "robustness", "upscale", "high-resolution", "inversion"] = "map"
+    """`map`: robustness and reconstruction. `reconstruction` or `robustness`: that alone. `upscale`: reconstructions of
+    the images enlarged by `factors`. `high-resolution`: of the files in `images`, at their own size. `inversion`: images
+    optimised to have the features, in place of the decoder."""
     n: Count | None = None
     """Images, evenly over the held-out file; default: all."""
     batch: Count = 256
     attacks: tuple[Attack, ...] = ()
     """Each gives one robust accuracy, and reconstructions under attack."""
-    reconstruct: bool = True
-    """Measure the reconstructions, where there is a decoder."""
+    factors: tuple[Count, ...] = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    """For `upscale`: the factors L."""
+    images: str | None = None
+    """For `high-resolution`: a folder of image files of any size."""
+    tile: Annotated[int, Field(ge=32)] | None = None
+    """For `high-resolution`: largest side in pixels that goes through the networks at once; default: the whole image, or
+    what memory allows."""
+    inversion: Inversion = Inversion()
+    """For `inversion`: how the images are optimised."""
     lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"
     """Backbone of LPIPS; null leaves it out."""
     lpips_weights: str | None = None
     """ImageNet weights of the backbone (torchvision's state dict), where they are not in torch's cache."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _reconstruct_of_old(cls, document: Any) -> Any:
+        """Run folders of 0.1 have `reconstruct`, which `protocol` says now."""
+        if not isinstance(document, Mapping) or "reconstruct" not in document:
+            return document
+        rest = {key: value for key, value in document.items() if key != "reconstruct"}
+        return rest if document["reconstruct"] else {"protocol": "robustness", **rest}
 
     @model_validator(mode="after")
     def _attacks_have_norms(self) -> Self:
         for i, attack in enumerate(self.attacks):
             if attack.norm is None:
                 raise ValueError(f"attacks.{i} has no norm: add `norm: l2` or `norm: linf`")
+        if not self.factors:
+            raise ValueError("factors is empty: give the factors to enlarge by, such as [1, 4]")
+        if self.protocol == "high-resolution" and self.images is None:
+            raise ValueError("protocol = high-resolution needs images: the folder of the image files")
         return self
 
 
@@ -294,7 +415,8 @@ class Recipe(Part):
     @property
     def digest(self) -> str:
         """SHA-256 of what is computed: all but the names."""
-        return digest_of(self.model_dump(mode="json", exclude={"name", "base"}))
+        document = self.digested()
+        return digest_of({key: value for key, value in document.items() if key not in ("name", "base")})
 
     def stage_digest(self, stage: Literal["encoder", "decoder"]) -> str:
         """SHA-256 of just the parts that the result of a training stage depends on.
@@ -302,9 +424,8 @@ class Recipe(Part):
         Not the precision, which `auto` leaves to the machine, nor the training images' path: both are kept, as they
         were, beside each state.
         """
-        document = self.model_dump(mode="json", include={"seed", "data", "encoder", "decoder"})
-        if stage == "encoder":
-            del document["decoder"]
+        kept = ("seed", "data", "encoder") if stage == "encoder" else ("seed", "data", "encoder", "decoder")
+        document = {key: value for key, value in self.digested().items() if key in kept}
         for where in ("source", "train", "test", "loader"):  # where it lies, and what training does not see
             del document["data"][where]
         return digest_of(document)

@@ -114,7 +114,13 @@ def load_encoder(folder: Path, config: Mapping[str, Any]) -> Encoder:
     """The encoder of a model folder, on the CPU."""
     entry = config["encoder"]
     channels, size, _ = config["image_shape"]
-    encoder = create_encoder(entry["name"], num_classes=entry["num_classes"], in_channels=channels, image_size=size)
+    encoder = create_encoder(
+        entry["name"],
+        num_classes=entry["num_classes"],
+        in_channels=channels,
+        image_size=size,
+        width=entry.get("width", 1.0),  # models of before there were widths have none
+    )
     encoder.load_state_dict(load_weights(folder / "encoder.safetensors", entry["sha256"]))
     return encoder
 

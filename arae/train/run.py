@@ -100,7 +100,9 @@ class Worker:
             return load_encoder(self.folder.model, config)
         torch.manual_seed(mix(self.recipe.seed, "initial encoder"))
         given = _weights_file(part.weights) if part.weights else None
-        model = create_encoder(part.name, len(self.source.classes), shape[0], shape[1], pretrained=given)
+        model = create_encoder(
+            part.name, len(self.source.classes), shape[0], shape[1], pretrained=given, width=part.width
+        )
         model.feature_shape(shape, part.layer)  # an unknown layer is refused before hours of training
         total = part.total_steps(self.source.n)
         trainer = EncoderTrainer(self.recipe, model, self.engine, total)
@@ -109,7 +111,12 @@ class Worker:
             assert self.probe is not None
             return self.probe.classify(trainer.model)
 
-        entry = {"name": part.name, "layer": part.layer or model.layer, "num_classes": len(self.source.classes)}
+        entry = {
+            "name": part.name,
+            "layer": part.layer or model.layer,
+            "num_classes": len(self.source.classes),
+            "width": part.width,
+        }
         self._run(trainer, part, total, validate, entry)
         model.load_state_dict(trainer.exported())
         return model

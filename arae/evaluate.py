@@ -123,7 +123,7 @@ class Evaluation:
 
     @property
     def _decodes(self) -> bool:
-        return self.recipe.evaluate.reconstruct and self.model.decoder is not None
+        return self.model.decoder is not None
 
     def _batches(self, label: str) -> Iterator[tuple[Tensor, Tensor]]:
         size, n = self.recipe.evaluate.batch, len(self.images)

@@ -88,10 +88,12 @@ class Encoder(nn.Module):
         return self.chain.index(self.layers[layer]) + 1
 
 
-def alexnet(num_classes: int, in_channels: int) -> Encoder:
+def alexnet(num_classes: int, in_channels: int, width: float) -> Encoder:
     """torchvision's AlexNet (Krizhevsky 2014, "one weird trick"); taps after ReLU **and** pooling, as in the paper."""
     if in_channels != 3:
         raise InputError(f"encoder alexnet takes RGB images, not {in_channels} channel(s): set data.channels to 3")
+    if width != 1:
+        raise InputError(f"encoder alexnet has one width: encoder.width = {width:g}")
     net = AlexNet(num_classes=num_classes)
     net.flatten = nn.Flatten(1)
     chain = [f"features.{i}" for i in range(13)] + ["avgpool", "flatten"] + [f"classifier.{i}" for i in range(7)]
@@ -108,10 +110,19 @@ def alexnet(num_classes: int, in_channels: int) -> Encoder:
     )
 
 
-def resnet18_cifar(num_classes: int, in_channels: int) -> Encoder:
+def resnet18_cifar(num_classes: int, in_channels: int, width: float) -> Encoder:
     """ResNet-18 in its CIFAR form: a 3×3 first convolution, no max pooling; layer4 is 512×4×4 at 32 px."""
     net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
-    net.conv1 = nn.Conv2d(in_channels, 64, 3, padding=1, bias=False)
+    widths = [scaled(w, width) for w in (64, 128, 256, 512)]
+    net.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+    if width != 1:  # torchvision fixes the widths of a ResNet, but lets its stages be made anew
+        net.inplanes, net.bn1 = widths[0], nn.BatchNorm2d(widths[0])
+        for i, w in enumerate(widths, start=1):
+            setattr(net, f"layer{i}", net._make_layer(BasicBlock, w, 2, stride=1 if i == 1 else 2))
+        net.fc = nn.Linear(widths[-1], num_classes)
+        for layer in net.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()  # type: ignore[assignment] -- torchvision types it as MaxPool2d
     net.flatten = nn.Flatten(1)
@@ -137,14 +148,16 @@ class PoolTo4(nn.Module):
         return x if x.shape[2:] == (4, 4) else F.adaptive_avg_pool2d(x, 4)
 
 
-def small_cnn(num_classes: int, in_channels: int) -> Encoder:
+def small_cnn(num_classes: int, in_channels: int, width: float = 1.0) -> Encoder:
     """Four convolutions for small images on a CPU: 128×4×4 features at 28 and 32 px, 4 M multiply-adds at 28×28×1.
 
     Without batch norm: then the attack (evaluation mode) and the training step see the same function.
     """
     net = nn.Sequential()
-    widths = [(in_channels, 32, 5, 2), (32, 64, 3, 2), (64, 64, 3, 1), (64, 128, 3, 2)]
-    for i, (inp, out, kernel, stride) in enumerate(widths, start=1):
+    outputs = [scaled(w, width) for w in (32, 64, 64, 128)]
+    inputs = [in_channels, *outputs[:-1]]
+    specs = zip(inputs, outputs, (5, 3, 3, 3), (2, 2, 1, 2), strict=True)
+    for i, (inp, out, kernel, stride) in enumerate(specs, start=1):
         conv = nn.Conv2d(inp, out, kernel, stride=stride, padding=kernel // 2)
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         nn.init.zeros_(conv.bias)  # type: ignore[arg-type] -- it has a bias
@@ -152,7 +165,7 @@ def small_cnn(num_classes: int, in_channels: int) -> Encoder:
         net.add_module(f"relu{i}", nn.ReLU())
     net.add_module("pool", PoolTo4())
     net.add_module("flatten", nn.Flatten(1))
-    net.add_module("fc", nn.Linear(128 * 16, num_classes))
+    net.add_module("fc", nn.Linear(outputs[-1] * 16, num_classes))
     return Encoder(
         "small-cnn",
         net,
@@ -165,7 +178,12 @@ def small_cnn(num_classes: int, in_channels: int) -> Encoder:
     )
 
 
-ENCODERS: dict[str, Entry[Callable[[int, int], Encoder]]] = {
+def scaled(channels: int, width: float) -> int:
+    """A number of channels at a width: at least 1."""
+    return max(1, round(channels * width))
+
+
+ENCODERS: dict[str, Entry[Callable[[int, int, float], Encoder]]] = {
     "alexnet": Entry(alexnet, "AlexNet (torchvision), RGB from 63 px; conv1, conv2, conv5, each after pooling"),
     "resnet18-cifar": Entry(
         resnet18_cifar, "ResNet-18 for 32 px: 3×3 first convolution, no max pooling; layer1 to layer4"
@@ -180,6 +198,7 @@ def create_encoder(
     in_channels: int = 3,
     image_size: int | None = None,
     pretrained: str | Path | None = None,
+    width: float = 1.0,
 ) -> Encoder:
     """An encoder for images of `in_channels` in [0, 1], with random weights or those of a file.
 
@@ -189,7 +208,7 @@ def create_encoder(
     """
     if num_classes < 2 or in_channels < 1:
         raise InputError(f"encoder {name}: needs 2 classes and 1 channel at least, not {num_classes} and {in_channels}")
-    model = pick(ENCODERS, name, "encoder")(num_classes, in_channels)
+    model = pick(ENCODERS, name, "encoder")(num_classes, in_channels, width)
     if image_size is not None:
         model.feature_shape((in_channels, image_size, image_size))
     if pretrained is not None:

@@ -200,6 +200,22 @@ def reconstruct(
         typer.echo(f"{path}  {quality:.2f} dB")
 
 
+@app.command(name="import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="A checkpoint: .pt, .pth or .safetensors.")],
+    dest: Annotated[Path, typer.Argument(help="The model folder to write.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[key=value]...", help="name=alexnet encoder=FILE layer=conv5 …")
+    ] = None,
+) -> None:
+    """Make a model folder of another project's checkpoint, whole or not at all."""
+    from arae.importing import ImportOptions, import_model
+
+    for line in import_model(source, dest, load_options(ImportOptions, options or (), where="arae import")):
+        typer.echo(line)
+    typer.echo(f"{dest}: imported")
+
+
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run folder with records.")]) -> None:
     """Write a run's map, table and page from its records."""
@@ -232,6 +248,30 @@ def demo(
 
     folder = run_demo(demo_recipe(overrides or []), _where(workers or None, address, device))
     typer.echo(f"{folder.path / 'report.html'}: open it in a browser; `arae ui` compares the runs")
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str | None, typer.Argument(metavar="[ID]", help="A table, such as arae-main-T1.")] = None,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--list", help="List the tables, with state and planned cost.")] = False,
+    scale: Annotated[str, typer.Option(help="full, or small: sized for two CPU cores.")] = "full",
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; default: 2 on a CPU, 1 on a GPU.")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    device: Device = None,
+) -> None:
+    """Run a table of the paper and show its figures beside ours; what was stopped goes on."""
+    from arae.launch import checkout_module
+
+    if every or table is None:
+        for line in checkout_module("benchmarks.tables.show").listing():
+            typer.echo(line)
+        return
+    where = _where(workers, address, device)
+    module = checkout_module("benchmarks.tables.reproduce")
+    for line in module.reproduce(table, scale, overrides or [], where, jobs):
+        typer.echo(line)
 
 
 def _one_trip(recipe: Recipe) -> None:

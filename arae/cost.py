@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from arae.config import Attack, Recipe
-from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
+from arae.models import Encoder, create_encoder
+from arae.train.networks import Decoding, Shape, decoding
 
-Shape = tuple[int, int, int]
 FLOAT = 4  # bytes: weights, gradients and optimiser states are float32 in every precision
 SGD, ADAM = 1, 2  # tensors of the weights' size that the optimiser keeps
 
@@ -53,11 +53,13 @@ class Networks:
         self.feature_shape = self.encoder.feature_shape(shape, self.layer)
         self.decoder: nn.Module | None = None
         self.discriminator: nn.Module | None = None
+        self.comparator: Encoder | None = None
+        self.decoding: Decoding | None = None
         if part := recipe.decoder:
-            self.decoder = create_decoder(part.name, feature_shape=self.feature_shape, image_shape=shape)
-            if part.losses.adversarial:
-                made = create_discriminator(part.name, feature_shape=self.feature_shape, image_shape=shape)
-                self.discriminator = made
+            if part.comparator:  # its size is what counts here, not its weights, which may not be there yet
+                self.comparator = create_encoder(part.comparator.name, max(num_classes, 2), shape[0], shape[1])
+            self.decoding = decoding(recipe, self.encoder, self.comparator, shape)
+            self.decoder, self.discriminator = self.decoding.generator(), self.decoding.discriminator()
 
     @cached_property
     def classify(self) -> Passes:
@@ -70,6 +72,11 @@ class Networks:
         return passes(_Tap(self.encoder, self.layer), self.shape)
 
     @cached_property
+    def compare(self) -> Passes:
+        """The network that compares features, up to its tap."""
+        return passes(self._compared(), self.shape) if self.comparator else self.tap
+
+    @cached_property
     def generate(self) -> Passes:
         """The decoder."""
         assert self.decoder is not None
@@ -78,14 +85,12 @@ class Networks:
     @cached_property
     def judge(self) -> Passes:
         """The discriminator on one image."""
-        assert self.discriminator is not None
-        return passes(_Judge(self.discriminator, self.feature_shape, times=1), self.shape)
+        return passes(self._judge(times=1), self.shape)
 
     @cached_property
     def judge_both(self) -> Passes:
         """The discriminator on an image and its reconstruction, their features once."""
-        assert self.discriminator is not None
-        return passes(_Judge(self.discriminator, self.feature_shape, times=2), self.shape)
+        return passes(self._judge(times=2), self.shape)
 
     def listed(self) -> Iterator[Network]:
         """Each network with its size."""
@@ -95,55 +100,76 @@ class Networks:
         if self.recipe.decoder and self.discriminator:
             size = parameters(self.discriminator)
             yield Network("discriminator", self.recipe.decoder.name, size, self.judge.forward)
+        if self.comparator:
+            yield Network("comparator", self.comparator.name, parameters(self.comparator), self.compare.forward)
 
     def encoder_step(self, attack: Attack) -> int:
-        """FLOPs an image of adversarial training: the attack, then one descent."""
-        return attack_flops(self.classify, attack) + self.classify.to_weights
+        """FLOPs an image of adversarial training: the attack, then one descent.
+
+        TRADES and MART descend on the clean image too; TRADES's attack first looks at the clean one.
+        """
+        kind = self.recipe.encoder.objective.kind if attack.eps else "at"
+        look = self.classify.forward if kind == "trades" else 0
+        views = 2 if kind in ("trades", "mart") else 1
+        return attack_flops(self.classify, attack) + look + views * self.classify.to_weights
 
     def decoder_step(self, micros: int) -> int:
         """FLOPs an image of decoder training; `micros` is a worker's number of micro-batches a step.
 
-        Encode; reconstruct and descend; encode the reconstruction (feature loss); the discriminator on both images to
-        its weights, then on the reconstruction to its input. With several micro-batches the discriminator's half of
-        the step reconstructs on its own.
+        Encode, and once more where something else compares; reconstruct and descend; encode the reconstruction (feature
+        loss); the discriminator on both images to its weights, then on the reconstruction to its input. With several
+        micro-batches the discriminator's half of the step reconstructs on its own.
         """
-        assert self.recipe.decoder is not None
+        assert self.decoding is not None
         total = self.tap.forward + self.generate.to_weights
-        if self.recipe.decoder.losses.feature:
-            total += self.tap.to_input
+        if self.decoding.apart and (self.decoding.weights.feature or self.discriminator is not None):
+            total += self.compare.forward
+        if self.decoding.weights.feature:
+            total += self.compare.to_input
         if self.discriminator is not None:
             total += self.judge_both.to_weights + self.judge.to_input + self.generate.forward * (micros > 1)
         return total
 
     def evaluation(self) -> int:
-        """FLOPs an image of evaluation: every attack with all its restarts, and the reconstructions."""
-        attacks = self.recipe.evaluate.attacks
-        total = self.classify.forward + sum(attack_flops(self.classify, a) + self.classify.forward for a in attacks)
-        if self.decoder is not None:
-            total += (1 + len(attacks)) * (self.tap.forward + self.generate.forward)
-        return total
+        """FLOPs an image of evaluation by the recipe's protocol; of `high-resolution`, an image of the training size.
+
+        Every attack counts with all its restarts, as for a sample that none of them breaks.
+        """
+        settings = self.recipe.evaluate
+        rebuild = self.tap.forward + self.generate.forward if self.decoder is not None else 0
+        if settings.protocol == "inversion":
+            return settings.inversion.steps * self.tap.to_input
+        if settings.protocol == "upscale":
+            return rebuild * sum(factor**2 for factor in set(settings.factors))
+        if settings.protocol in ("reconstruction", "high-resolution"):
+            return rebuild
+        attacks, classes = settings.attacks, self.encoder.num_classes
+        attacked = sum(attack_flops(self.classify, a, classes) + self.classify.forward for a in attacks)
+        rebuilt = (1 + len(attacks)) * rebuild if settings.protocol == "map" else 0
+        return self.classify.forward + attacked + rebuilt
 
     def encoder_memory(self, micro: int) -> dict[str, int]:
         """Bytes a worker holds at the peak of an encoder step, by what they are."""
         weights = parameters(self.encoder)
-        held = activations(self.encoder, self.shape) * micro
+        twice = self.recipe.encoder.objective.kind in ("trades", "mart") and self.recipe.encoder.attack.eps > 0
+        held = activations(self.encoder, self.shape) * micro * (1 + twice)
         return _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
 
     def decoder_memory(self, micro: int) -> dict[str, int]:
         """Bytes a worker holds at the peak of a decoder step, by what they are."""
         assert self.recipe.decoder is not None
+        assert self.decoding is not None
         assert self.decoder is not None
         trained = self._decoder_trained()
         held = activations(self.decoder, self.feature_shape)
-        again = activations(_Tap(self.encoder, self.layer), self.shape) if self.recipe.decoder.losses.feature else 0
+        again = activations(self._compared(), self.shape) if self.decoding.weights.feature else 0
         both = one = 0
         if self.discriminator is not None:
-            both, one = (
-                activations(_Judge(self.discriminator, self.feature_shape, times=t), self.shape) for t in (2, 1)
-            )
+            both, one = (activations(self._judge(times), self.shape) for times in (2, 1))
         average = parameters(self.decoder) * bool(self.recipe.decoder.ema)
         held += max(both, one + again)  # the discriminator's half of the step, or the generator's
-        return _memory(trained + parameters(self.encoder), trained, trained * ADAM, average, held * micro)
+        frozen = parameters(self.encoder) + (parameters(self.comparator) if self.comparator else 0)
+        return _memory(trained + frozen, trained, trained * ADAM, average, held * micro)
 
     def disk(self) -> dict[str, int]:
         """Bytes a run folder takes: the states kept, and the exported model."""
@@ -156,16 +182,39 @@ class Networks:
             state = max(state, self._decoder_trained() * (1 + ADAM) + average)
         return {f"states ({keep} kept)": state * FLOAT * keep, "model": model * FLOAT}
 
+    def _compared(self) -> _Tap:
+        """The network that compares features, up to its tap."""
+        part = self.recipe.decoder
+        if self.comparator and part and part.comparator:
+            return _Tap(self.comparator, part.comparator.layer)
+        return _Tap(self.encoder, self.layer)
+
+    def _judge(self, times: int) -> _Judge:
+        """The discriminator on `times` images."""
+        assert self.discriminator is not None
+        assert self.decoding is not None
+        return _Judge(self.discriminator, self.decoding.compared, times)
+
     def _decoder_trained(self) -> int:
         """Parameters that the decoder's stage trains."""
         assert self.decoder is not None
         return parameters(self.decoder) + (parameters(self.discriminator) if self.discriminator else 0)
 
 
-def attack_flops(classify: Passes, attack: Attack) -> int:
-    """FLOPs an image of PGD: a step is a forward and an input gradient; each of several restarts is judged once."""
+def attack_flops(classify: Passes, attack: Attack, classes: int = 10) -> int:
+    """FLOPs an image of an attack: a step is a forward and an input gradient.
+
+    PGD judges each of several restarts once; APGD looks at its start too, and its targeted form runs once for each of
+    at most nine classes; AutoAttack is 100 steps of APGD, as many for each target of two attacks, and 5000 forwards.
+    """
     if attack.eps == 0:
         return 0
+    targets = min(9, max(classes - 1, 1))
+    if attack.kind == "autoattack":
+        return (101 + 201 * targets) * classify.to_input + 5000 * classify.forward
+    if attack.kind != "pgd":
+        runs = attack.restarts * (targets if attack.kind == "apgd-t" else 1)
+        return runs * (attack.steps + 1) * classify.to_input
     judged = attack.restarts * classify.forward if attack.restarts > 1 else 0
     return attack.restarts * attack.steps * classify.to_input + judged
 

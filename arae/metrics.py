@@ -51,6 +51,13 @@ METRICS: dict[str, Metric] = {
             "ssim", "higher", "1", (-1, 1), "Wang et al. 2004: 11 px Gaussian window of sigma 1.5, mean over channels"
         ),
         Metric("lpips", "lower", "1", (0, math.inf), "Zhang et al. 2018, package lpips, version 0.1 heads"),
+        Metric(
+            "seam",
+            "lower",
+            "1",
+            (0, math.inf),
+            "mean step of the reconstruction's error across the borders of its tiles, over its mean step: 1 is no seam",
+        ),
     )
 }
 
@@ -59,8 +66,15 @@ class MetricUnavailable(AraeError):  # noqa: N818 -- a state of the world, not a
     """The metric can't be measured here; the message says why and how to mend it."""
 
 
+class NotFinite(AraeError, ValueError):  # noqa: N818 -- it says what the images are
+    """Images hold NaN or infinity: a measure of them would be no number, and neither would any mean over it."""
+
+
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB, [N], of each image x against y, [N, C, H, W]; at most 100 dB (equal images)."""
+    """Peak signal-to-noise ratio in dB, [N], of each image x against y, [N, C, H, W]; at most 100 dB (equal images).
+
+    Raises ValueError (`NotFinite`) for images that hold NaN or infinity, as all image metrics do.
+    """
     _check(x, y)
     mse = (x.float() - y.float()).square().flatten(1).mean(1)
     return -10 * mse.clamp_min(10 ** (-PSNR_CEILING / 10)).log10()
@@ -205,8 +219,8 @@ def wilson(k: int, n: int) -> tuple[float, float]:
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
     """95 % interval of the mean of independent values, by the normal approximation; of one value, itself twice."""
     data = torch.as_tensor(values, dtype=torch.float64).flatten()
-    if len(data) == 0:
-        raise ValueError("the mean of no values has no interval")
+    if len(data) == 0 or not data.isfinite().all():
+        raise ValueError(f"the mean of {'values that are no numbers' if len(data) else 'no values'} has no interval")
     mean = data.mean().item()
     if len(data) == 1:
         return mean, mean
@@ -229,3 +243,10 @@ def _check(x: Tensor, y: Tensor) -> None:
         raise ValueError(f"give two batches [N, 3|1, H, W] of one shape, not {tuple(x.shape)} and {tuple(y.shape)}")
     if not (x.is_floating_point() and y.is_floating_point()):
         raise ValueError(f"images must be float in [0, 1], not {x.dtype} and {y.dtype}: divide 8-bit images by 255")
+    for which, images in (("first", x), ("second", y)):
+        whole = images.isfinite().flatten(1).all(1)
+        if not whole.all():
+            bad = int(whole.logical_not().nonzero()[0])
+            raise NotFinite(
+                f"image {bad} of the {which} batch holds NaN or infinity: mend what made it, or leave it out"
+            )

@@ -74,8 +74,9 @@ def reconstruct_files(model: Autoencoder, paths: Sequence[Path], out: Path) -> I
         target = free_name(out, f"{path.stem}-reconstruction", taken)
         taken.add(target.resolve())
         again = model.reconstruct(x[None])
+        quality = psnr(again, x[None]).item()  # a reconstruction that is no image is refused before it is written
         save_png(grid([torch.cat([x[None], again])]), target)
-        yield target, psnr(again, x[None]).item()
+        yield target, quality
 
 
 def free_name(folder: Path, stem: str, taken: set[Path]) -> Path:

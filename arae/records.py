@@ -37,8 +37,10 @@ class Threat(BaseModel):
     norm: Literal["l2", "linf"]
     eps: FiniteFloat
     attack: str = "pgd"
+    """The kind, as recipes write it: `pgd`, `apgd-ce`, `apgd-dlr`, `apgd-t`, `autoattack`."""
     steps: int
     step_size: FiniteFloat
+    """Of PGD, every step's; of the others, the first step's, which they halve on their way."""
     restarts: int = 1
     random_start: bool = False
 
@@ -58,6 +60,8 @@ class Record(BaseModel):
     """Samples behind the value."""
     reason: str | None = None
     """Why `value` is null."""
+    flags: tuple[str, ...] = ()
+    """Remarks on how far the value can be trusted, one line each: signs of masked gradients, images left out."""
     dataset: str
     split: str
     protocol: str

@@ -56,6 +56,11 @@ class RunFolder:
         return self.path / "records.jsonl"
 
     @property
+    def evaluation(self) -> Path:
+        """Finished parts of an evaluation that is not finished; gone once its records are written."""
+        return self.path / "evaluation"
+
+    @property
     def log(self) -> Path:
         """One JSON object a step interval."""
         return self.path / "log.jsonl"

@@ -14,15 +14,20 @@ SHAPE = (3, 6, 6)
 CLASSES = 4
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)  # the arrays are small: threads would only wait for one another
+
+
 class Tanh(nn.Module):
     """logits = V tanh(W x + b): small, nowhere linear, and its gradient can be written down."""
 
-    def __init__(self, seed: int = 0, shape: tuple[int, ...] = SHAPE) -> None:
+    def __init__(self, seed: int = 0, shape: tuple[int, ...] = SHAPE, classes: int = CLASSES) -> None:
         super().__init__()
         g = torch.Generator().manual_seed(seed)
         self.w = nn.Parameter(torch.randn(16, int(np.prod(shape)), generator=g) / 5)
         self.b = nn.Parameter(torch.randn(16, generator=g))
-        self.v = nn.Parameter(torch.randn(CLASSES, 16, generator=g))
+        self.v = nn.Parameter(torch.randn(classes, 16, generator=g))
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(x.flatten(1) @ self.w.T + self.b) @ self.v.T

@@ -16,7 +16,12 @@ WHOLE: dict[str, Any] = {
     "seed": 3,
     "data": {"name": "images", "size": 16, "channels": 3},
     "encoder": {"name": "small-cnn", "epochs": 2, "batch": 32, "attack": {"norm": "l2", "eps": 0.5}},
-    "decoder": {"epochs": 1, "batch": 32, "losses": {"pixel": 1.0, "feature": 0.1}},
+    "decoder": {
+        "epochs": 1,
+        "batch": 32,
+        "losses": {"pixel": 1.0, "feature": 0.1},
+        "comparator": {"name": "alexnet", "weights": "alexnet.pt"},
+    },
     "evaluate": {"n": 100, "attacks": [{"norm": "l2", "eps": 0.5}, {"norm": "l2", "eps": 1.0, "steps": 20}]},
     "map": {"radii": [0, 0.5, 1]},
 }
@@ -119,6 +124,15 @@ REFUSALS = [
     ("precision=fp8", ["precision", "fp8", "bf16"]),
     ("seed=-1", ["seed", "-1"]),
     ("name=../outside", ["name", "../outside"]),
+    ("encoder.attack.kind=apgd-ce", ["encoder", "apgd-ce is for evaluation", "pgd"]),
+    ("encoder={name: x, steps: 1, label_smoothing: 0.1, objective: {kind: mart}}", ["label_smoothing", "mart"]),
+    ("encoder.objective.kind=madry", ["encoder.objective.kind", "madry", "trades"]),
+    ("encoder.objective.beta=0", ["encoder.objective.beta", "greater than 0"]),
+    ("encoder.width=0", ["encoder.width", "greater than 0"]),
+    ("decoder.losses.preset=inverted", ["decoder.losses.preset", "inverted", "inversion"]),
+    ("decoder.comparator={name: alexnet}", ["decoder.comparator.weights", "missing"]),
+    ("evaluate.protocol=high-resolution", ["protocol = high-resolution", "images"]),
+    ("evaluate.factors=[]", ["factors is empty"]),
     # the grammar itself
     ("encoder.lr", ["encoder.lr", "dotted.key=value"]),
     ("=3", ["=3", "dotted.key=value"]),
@@ -316,17 +330,26 @@ OTHER: dict[str, Any] = {
     "encoder.attack.norm": "linf", "encoder.attack.eps": 0.25, "encoder.attack.steps": 3,
     "encoder.attack.step_size": 0.1, "encoder.attack.random_start": True, "encoder.attack.restarts": 2,
     "encoder.momentum": 0.5,
-    "encoder.weight_decay": 0.1, "encoder.label_smoothing": 0.1, "encoder.ema": 0.9,
+    "encoder.weight_decay": 0.1, "encoder.label_smoothing": 0.1, "encoder.ema": 0.9, "encoder.width": 0.5,
+    "encoder.objective.kind": "trades", "encoder.objective.beta": 3.0, "encoder.objective.burn_in": 0.25,
+    "encoder.objective.shift": 0.0,
     "decoder.epochs": 3, "decoder.batch": 64, "decoder.micro_batch": 16, "decoder.lr": 0.2,
     "decoder.schedule.kind": "cosine", "decoder.schedule.warmup": 0.1, "decoder.schedule.every": 0.5,
     "decoder.schedule.gamma": 0.2, "decoder.name": "other", "decoder.losses.pixel": 2.0,
     "decoder.losses.pixel_norm": "l2", "decoder.losses.feature": 0.2, "decoder.losses.adversarial": 0.2,
-    "decoder.losses.discriminator": 2.0,
+    "decoder.losses.discriminator": 2.0, "decoder.losses.preset": "inversion", "decoder.normalisation": "signed",
+    "decoder.comparator.name": "vgg16", "decoder.comparator.weights": "vgg16.pt", "decoder.comparator.layer": "conv2",
     "decoder.discriminator_lr": 0.1, "decoder.betas": [0.5, 0.9], "decoder.weight_decay": 0.1, "decoder.ema": 0.9,
-    "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.reconstruct": False, "evaluate.lpips": None,
-    "evaluate.lpips_weights": "w", "state.every": 7, "state.keep": 3, "map.radii": [0, 1],
+    "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.lpips": None,
+    "evaluate.lpips_weights": "w", "evaluate.protocol": "upscale", "evaluate.factors": [1, 4], "evaluate.images": "x",
+    "evaluate.tile": 64, "evaluate.inversion.steps": 5, "evaluate.inversion.step_size": 0.5,
+    "evaluate.inversion.start": "other", "state.every": 7, "state.keep": 3, "map.radii": [0, 1],
 }  # fmt: skip
 GROUPS = {"data", "encoder", "decoder", "evaluate", "state", "map"}
+INNER = {"encoder.attack", "encoder.schedule", "encoder.objective", "decoder.schedule", "decoder.losses"}
+INNER |= {"decoder.comparator", "evaluate.inversion"}
+# A stage has one of epochs and steps; names are no part of what is computed; training attacks by PGD alone.
+EXEMPT = {"name", "base", "encoder.steps", "decoder.steps", "encoder.attack.kind"}
 
 
 def changed(key: str) -> Recipe:
@@ -335,8 +358,23 @@ def changed(key: str) -> Recipe:
 
 def test_every_key_has_another_value() -> None:
     inner = {key for key in keys(Recipe) if not key.startswith("evaluate.attacks.")}
-    groups = GROUPS | {"encoder.attack", "encoder.schedule", "decoder.schedule", "decoder.losses"}
-    assert inner - groups - {"name", "base", "encoder.steps", "decoder.steps"} == set(OTHER)
+    assert inner - GROUPS - INNER - EXEMPT == set(OTHER)
+
+
+def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
+    """A recipe without them has the digest it had before there were such keys: they are no part of the document."""
+    document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
+    assert not {"width", "objective"} & set(document["encoder"])
+    assert not {"normalisation", "comparator"} & set(document["decoder"])
+    assert "preset" not in document["decoder"]["losses"]
+    assert "kind" not in document["encoder"]["attack"]
+    assert not {"protocol", "factors", "images", "tile", "inversion"} & set(document["evaluate"])
+
+
+@pytest.mark.parametrize(("old", "protocol"), [(True, "map"), (False, "robustness")])
+def test_the_switch_of_old_run_folders_is_read_as_a_protocol(old: bool, protocol: str) -> None:
+    recipe = Recipe.model_validate(WHOLE | {"evaluate": {"reconstruct": old}})
+    assert recipe.evaluate.protocol == protocol
 
 
 @pytest.mark.parametrize("key", OTHER)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from browser import chromium, find_by_scrolling, text_of
 from PIL import Image
-from test_tracking import free_port
 from test_ui_browser import wait_until_up
+from tracking import free_port
 
 from arae.data.encode import EncodeOptions, encode
 from arae.demo import demo_recipe, pick

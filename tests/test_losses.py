@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_expit, log_softmax
 
+from arae.config import Losses
 from arae.train import losses
 
 
@@ -100,3 +101,38 @@ def test_converted_weights_give_the_gradient_of_the_papers_sums(norm):
         images = x_hat.clone().requires_grad_()
         gradients.append(torch.autograd.grad(loss(images), images)[0])
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-5 * gradients[0].abs().max().item())
+
+
+ALEXNET, CIFAR = (3 * 224 * 224, 256 * 6 * 6), (3 * 32 * 32, 512 * 4 * 4)
+PIXEL, FEATURE, GAN = 38.535168, 11796.48, 12800.0
+# Preset, elements of image and features -> pixel, feature, adversarial, discriminator.
+RESOLVED = [
+    ("inversion-pixel", ALEXNET, (PIXEL, 0, 0, 1)),
+    ("inversion-pixel-feature", ALEXNET, (PIXEL, FEATURE, 0, 1)),
+    ("inversion", ALEXNET, (PIXEL, FEATURE, GAN, GAN)),
+    ("anomaly-standard", ALEXNET, (1000 * PIXEL, FEATURE, 0, 1)),
+    ("anomaly-robust", ALEXNET, (PIXEL, FEATURE, 0, 1)),
+    ("style-standard", ALEXNET, (100 * PIXEL, FEATURE, 0, 1)),
+    ("style-robust", (3 * 224 * 224, 64 * 27 * 27), (PIXEL, 59719.68, 0, 1)),
+    ("denoising", ALEXNET, (PIXEL, FEATURE, 0, 1)),
+    ("inversion-pixel-feature", CIFAR, (0.786432, 10485.76, 0, 1)),
+]
+
+
+@pytest.mark.parametrize(("preset", "elements", "expected"), RESOLVED)
+def test_a_preset_is_resolved_at_the_sizes(preset, elements, expected):
+    made = losses.resolved(Losses(preset=preset), *elements)
+    assert made.preset is None
+    got = (made.pixel, made.feature, made.adversarial, made.discriminator)
+    assert got == pytest.approx(expected, rel=1e-9)
+    assert losses.resolved(made, 1, 1) is made
+
+
+def test_every_preset_is_tested_and_keeps_the_pixel_norm():
+    assert {preset for preset, _, _ in RESOLVED} == set(losses.PRESETS)
+    assert losses.resolved(Losses(preset="denoising", pixel_norm="l2"), 10, 10).pixel_norm == "l2"
+
+
+def test_without_a_preset_the_weights_are_the_recipes():
+    part = Losses(pixel=0.3, feature=0.2)
+    assert losses.resolved(part, 100, 100) is part

@@ -1,18 +1,26 @@
 """Every shipped recipe: parses, says what it must in its header, and names networks that fit each other."""
 
+import math
 import re
 
 import pytest
+import torch
 from written_commands import check_arae, split_commands
 
-from arae.config import Recipe, difference, dump_recipe, load_recipe, shipped_recipes
+from arae.config import Losses, Preset, Recipe, Schedule, difference, dump_recipe, load_recipe, shipped_recipes
 from arae.data.catalog import DATASETS
 from arae.models import create_decoder, create_discriminator, create_encoder
-from arae.train.losses import from_paper
+from arae.train.losses import resolved
+from arae.train.objectives import check_objective
 
 NAMES = sorted(shipped_recipes())
-# Weights for sums over batches of 128, as the authors ran them, where they ran them: pixel, feature, adversarial.
-PAPER = {"imagenet-alexnet": (2e-6, 1e-2, 100.0), "cifar10-resnet18": (2e-6, 1e-2, 0.0)}
+# The full-scale recipes of the paper, and the preset of its weights that each trains with.
+PAPER: dict[str, Preset] = {
+    "imagenet-alexnet": "inversion",
+    "imagenet-vgg16": "inversion-pixel-feature",
+    "cifar10-resnet18": "inversion-pixel-feature",
+    "cifar10-wrn28-10": "inversion-pixel-feature",
+}
 
 
 def header(name: str) -> list[str]:
@@ -25,12 +33,14 @@ def shapes(recipe: Recipe) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
     assert recipe.data.channels
     assert recipe.data.size
     image = (recipe.data.channels, recipe.data.size, recipe.data.size)
-    encoder = create_encoder(recipe.encoder.name, num_classes=10, in_channels=image[0])
+    with torch.device("meta"):
+        encoder = create_encoder(recipe.encoder.name, 10, image[0], width=recipe.encoder.width)
     return image, encoder.feature_shape(image, recipe.encoder.layer)
 
 
 def test_there_are_recipes() -> None:
-    assert {"demo", "demo-images", "cifar10-resnet18", "imagenet-alexnet"} <= set(NAMES)
+    full = {"imagenet-alexnet", "imagenet-vgg16", "cifar10-resnet18", "cifar10-wrn28-10"}
+    assert {"demo", "demo-images", *full} <= set(NAMES)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -68,27 +78,47 @@ def test_its_networks_fit_its_images(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.decoder is not None
     image, features = shapes(recipe)
-    decoder = create_decoder(recipe.decoder.name, feature_shape=features, image_shape=image)
-    discriminator = create_discriminator(recipe.decoder.name, feature_shape=features, image_shape=image)
-    assert sum(p.numel() for p in decoder.parameters()) > 0
-    assert sum(p.numel() for p in discriminator.parameters()) > 0
+    check_objective(recipe.encoder)
+    with torch.device("meta"):
+        decoder = create_decoder(recipe.decoder.name, feature_shape=features, image_shape=image)
+        create_discriminator(recipe.decoder.name, feature_shape=features, image_shape=image)
+        assert tuple(decoder.eval()(torch.empty(1, *features)).shape[1:]) == image
 
 
-def test_the_papers_weights_are_those_of_this_table() -> None:
-    assert {name for name in NAMES if "The paper's 2e-6" in shipped_recipes()[name].read_text()} == set(PAPER)
+def test_the_papers_recipes_are_those_of_this_table() -> None:
+    assert {name for name in NAMES if load_recipe(name).scale == "full"} - {"demo-images"} == set(PAPER)
 
 
 @pytest.mark.parametrize("name", PAPER)
-def test_weights_are_the_papers_for_these_shapes(name: str) -> None:
+def test_the_decoder_trains_with_the_papers_weights(name: str) -> None:
+    """Whether the recipe names the preset or writes the numbers, it is exactly the preset at its shapes."""
     recipe = load_recipe(name)
     assert recipe.decoder is not None
-    losses = recipe.decoder.losses
-    pixel, feature, adversarial = PAPER[name]
-    (c, h, w), (fc, fh, fw) = shapes(recipe)
-    assert losses.pixel == pytest.approx(from_paper(pixel, c * h * w), rel=1e-6)
-    assert losses.feature == pytest.approx(from_paper(feature, fc * fh * fw), rel=1e-6)
-    assert losses.adversarial == pytest.approx(from_paper(adversarial, 1), rel=1e-6)
+    image, features = shapes(recipe)
+    elements = math.prod(image), math.prod(features)
+    assert resolved(recipe.decoder.losses, *elements) == resolved(Losses(preset=PAPER[name]), *elements)
     assert (recipe.decoder.lr, recipe.decoder.discriminator_lr, recipe.decoder.betas) == (3e-4, 12e-4, (0.0, 0.9))
+    assert (recipe.decoder.epochs, recipe.decoder.batch) == (90, 128)
+    assert recipe.decoder.schedule == Schedule(kind="step", every=1 / 3, gamma=0.1)
+
+
+# Of each encoder: its features, what it is trained against, and its epochs, batch and rate.
+ENCODERS = {
+    "imagenet-alexnet": ((256, 6, 6), ("l2", 3.0, 7, 0.5, "at"), (90, 256, 0.1)),
+    "imagenet-vgg16": ((512, 14, 14), ("linf", 0.01, 10, None, "at"), (90, 256, 0.01)),
+    "cifar10-resnet18": ((512, 4, 4), ("l2", 1.0, 7, None, "at"), (150, 128, 0.1)),
+    "cifar10-wrn28-10": ((640, 8, 8), ("linf", 8 / 255, 10, 0.007, "gairat"), (120, 128, 0.1)),
+}
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_the_encoders_are_the_papers(name: str) -> None:
+    recipe = load_recipe(name)
+    part, attack = recipe.encoder, recipe.encoder.attack
+    features, against, stage = ENCODERS[name]
+    assert shapes(recipe)[1] == features
+    assert (attack.norm, attack.eps, attack.steps, attack.step_size, part.objective.kind) == against
+    assert (part.epochs, part.batch, part.lr) == stage
 
 
 def test_the_demo_map_is_fixed_beforehand() -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -74,42 +75,77 @@ def test_radius_zero_is_exactly_standard_training(tiny_npz: Path) -> None:
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
 
+Features = Callable[[torch.Tensor], torch.Tensor]
+
+
 def plain_gan_step(
-    part: Recipe, encoder: Encoder, g: torch.nn.Module, d: torch.nn.Module, x: torch.Tensor, optimizers: list
+    part: Recipe,
+    read: Features,
+    compare: Features,
+    g: torch.nn.Module,
+    d: torch.nn.Module,
+    x: torch.Tensor,
+    optimizers: list,
 ) -> None:
     """Eqs. 3 to 7 as one would write them first: everything recomputed, no graph shared."""
     losses = part.decoder.losses
     with torch.no_grad():
-        z = encoder.features(x)
+        z, f = read(x), compare(x)
     d_optimizer, g_optimizer = optimizers
     d_optimizer.zero_grad()
     ones, zeros = torch.ones(len(x)), torch.zeros(len(x))
-    both = d(torch.cat([x, g(z).detach()]), z)
+    both = d(torch.cat([x, g(z).detach()]), f)
     bce = F.binary_cross_entropy_with_logits
     (bce(both[: len(x)], ones) + bce(both[len(x) :], zeros)).backward()
     d_optimizer.step()
     g_optimizer.zero_grad()
     again = g(z)
-    total = losses.pixel * F.l1_loss(again, x) + losses.feature * F.mse_loss(encoder.features(again), z)
-    (total + losses.adversarial * bce(d(again, z), ones)).backward()
+    total = losses.pixel * F.l1_loss(again, x) + losses.feature * F.mse_loss(compare(again), f)
+    (total + losses.adversarial * bce(d(again, f), ones)).backward()
     g_optimizer.step()
 
 
-def test_a_decoder_step_is_the_plain_gan_step(tiny_npz: Path) -> None:
-    recipe = tiny_recipe(tiny_npz, decoder__schedule={"kind": "constant"})
+def signed(encoder: Encoder) -> Features:
+    """The encoder's features of images normalised by 2x - 1, with its own first layer undone."""
+    return lambda x: encoder.features((2 * x - 1) * encoder.std + encoder.mean)
+
+
+@pytest.mark.parametrize("normalisation", ["encoder", "signed"])
+@pytest.mark.parametrize("with_comparator", [False, True])
+def test_a_decoder_step_is_the_plain_gan_step(tiny_npz: Path, normalisation: str, with_comparator: bool) -> None:
+    recipe = tiny_recipe(tiny_npz, decoder__schedule={"kind": "constant"}, decoder__normalisation=normalisation)
     encoder, generator, discriminator = networks(recipe)
+    encoder.mean.add_(0.1)  # so that its own normalisation is not 2x - 1
+    read: Features = encoder.features if normalisation == "encoder" else signed(encoder)
+    compare: Features = encoder.features
+    comparator = None
+    if with_comparator:
+        recipe = recipe.replace({"decoder.comparator": {"name": "small-cnn", "weights": "w", "layer": "conv2"}})
+        comparator = create_encoder("small-cnn", 5, 3, 16, width=0.25).eval().requires_grad_(False)
+        compare = lambda x: comparator.features(x, "conv2")  # noqa: E731
+        discriminator = create_discriminator("mirror", comparator.feature_shape((3, 16, 16), "conv2"), (3, 16, 16))
+    encoder.eval().requires_grad_(False)
     plain_g, plain_d = copy.deepcopy(generator), copy.deepcopy(discriminator)
-    trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
+    trainer = DecoderTrainer(
+        recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10, comparator=comparator
+    )
     optimizers = [
         torch.optim.Adam(plain_d.parameters(), recipe.decoder.discriminator_lr, (0.0, 0.9)),
         torch.optim.Adam(plain_g.parameters(), recipe.decoder.lr, (0.0, 0.9)),
     ]
     for step in range(3):
         trainer.step(step, micros(1))
-        plain_gan_step(recipe, encoder, plain_g, plain_d, micros(1)[0].images, optimizers)
+        plain_gan_step(recipe, read, compare, plain_g, plain_d, micros(1)[0].images, optimizers)
     for ours, theirs in ((generator, plain_g), (discriminator, plain_d)):
-        for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+        for (name, a), b in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+            torch.testing.assert_close(a, b[1], atol=1e-4, rtol=1e-3, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_by_default_the_images_are_encoded_once(tiny_npz: Path) -> None:
+    recipe = tiny_recipe(tiny_npz)
+    trainer = DecoderTrainer(recipe, *networks(recipe), Engine(CPU, "fp32"), total=10)
+    codes = trainer._encode(micros(1)[0].images)
+    assert codes.compared is codes.decoded
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -123,15 +159,15 @@ def test_each_gradient_reaches_its_network_and_no_other(tiny_npz: Path, count: i
     generator.train()
     trainer.buffers.begin()
     batch = micros(count)
-    features = [trainer._encode(m.images) for m in batch]
-    once = trainer._reconstruct(features[0]) if count == 1 else None
+    codes = [trainer._encode(m.images) for m in batch]
+    once = trainer._reconstruct(codes[0].decoded) if count == 1 else None
 
-    trainer._discriminator_step(0, batch, features, once)
+    trainer._discriminator_step(0, batch, codes, once)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in discriminator.parameters())
     assert all(p.grad is None for p in (*generator.parameters(), *encoder.parameters()))
 
     theirs = [p.grad.clone() for p in discriminator.parameters()]
-    trainer._generator_step(0, batch, features, once)
+    trainer._generator_step(0, batch, codes, once)
     assert all(p.grad is not None for p in generator.parameters())
     assert sum(p.grad.abs().sum() for p in generator.parameters()) > 0
     assert all(torch.equal(p.grad, was) for p, was in zip(discriminator.parameters(), theirs, strict=True))
@@ -146,7 +182,7 @@ def test_every_loss_moves_the_generator(tiny_npz: Path, term: str) -> None:
     trainer = DecoderTrainer(recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10)
     discriminator.requires_grad_(False)
     x = micros(1)[0].images
-    z = trainer._encode(x)
+    z = trainer._encode(x).decoded
     loss = trainer._terms(x, z, trainer._reconstruct(z))[term]
     gradients = torch.autograd.grad(loss, list(generator.parameters()))
     assert all(torch.isfinite(g).all() for g in gradients)

@@ -11,7 +11,7 @@ from urllib.request import urlopen
 
 import pytest
 from browser import chromium, wait_for_texts
-from test_tracking import PGD, begin, epoch, free_port, interval, recipe, record, stage
+from tracking import PGD, begin, epoch, free_port, interval, recipe, record, stage
 
 from arae.records import Model
 from arae.tracking import Tracker

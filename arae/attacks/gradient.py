@@ -48,7 +48,7 @@ def pgd(
     gradients of the model's parameters are not touched. Raises ValueError for images not in [0, 1], impossible
     arguments, and a model whose output has no gradient in the images.
     """
-    _check(x, y)
+    check_images(x, y)
     step = 2.5 * threat.eps / max(steps, 1) if step_size is None else step_size
     if steps < 1 or restarts < 1 or not step >= 0:
         raise ValueError(f"PGD needs steps >= 1, restarts >= 1, step_size >= 0, not {steps}, {restarts}, {step}")
@@ -68,6 +68,28 @@ def perturb(model: Model, x: Tensor, y: Tensor, attack: Attack, generator: torch
     step = 2.5 * attack.eps / attack.steps if attack.step_size is None else attack.step_size
     search = _Search(model, Threat(attack.norm, attack.eps), attack.steps, step)
     return search.run(x, y, attack.restarts, generator, random_start=attack.random_start, survivors_only=False)
+
+
+def ascent(model: Model, images: Tensor, criterion: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits [N, K] and losses [N] of the images [N, ...], and the direction [N, ...] in which each loss rises most.
+
+    criterion: logits, in the images' precision -> losses [N], each of its own sample alone. The direction is the
+    gradient up to a positive factor. Raises ValueError where the losses have no gradient in the images.
+    """
+    with torch.enable_grad():
+        images = images.detach().requires_grad_()
+        logits = model(images)
+        # In half precision a confident sample's gradient would vanish; only its direction is used.
+        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+        logits = logits.to(images.dtype)
+        losses = criterion(logits)
+        total = scale * losses.sum()
+        gradient = torch.autograd.grad(total, images, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None:
+        raise ValueError(
+            "no gradient of the loss reaches the images, so the attack would be void: does the model detach?"
+        )
+    return logits.detach(), losses.detach(), gradient
 
 
 class _Search:
@@ -90,7 +112,7 @@ class _Search:
         if self.threat.eps == 0 or len(x) == 0:
             return x
         x = x.detach()
-        with _evaluation_mode(self.model):
+        with evaluation_mode(self.model):
             worst = self.ascend(x, y, self.start(x, generator) if random_start else x)
             if restarts == 1:
                 return worst
@@ -121,18 +143,7 @@ class _Search:
 
     def gradient(self, images: Tensor, y: Tensor) -> Tensor:
         """Gradient of each sample's loss in its image."""
-        with torch.enable_grad():
-            images = images.detach().requires_grad_()
-            logits = self.model(images)
-            # In half precision a confident sample's gradient would vanish; only its direction is used.
-            scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
-            loss = scale * F.cross_entropy(logits.to(images.dtype), y, reduction="sum")
-            gradient = torch.autograd.grad(loss, images, allow_unused=True)[0] if loss.requires_grad else None
-        if gradient is None:
-            raise ValueError(
-                "no gradient of the loss reaches the images, so the attack would be void: does the model detach?"
-            )
-        return gradient
+        return ascent(self.model, images, lambda logits: F.cross_entropy(logits, y, reduction="none"))[2]
 
     def judge(self, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each sample is misclassified, and its loss."""
@@ -141,11 +152,13 @@ class _Search:
         return logits.argmax(1) != y, F.cross_entropy(logits, y, reduction="none")
 
 
-def _evaluation_mode(model: Model) -> AbstractContextManager[None]:
+def evaluation_mode(model: Model) -> AbstractContextManager[None]:
+    """`evaluating`, for a model that may be a plain function."""
     return evaluating(model) if isinstance(model, nn.Module) else nullcontext()
 
 
-def _check(x: Tensor, y: Tensor) -> None:
+def check_images(x: Tensor, y: Tensor) -> None:
+    """Raise ValueError unless x is float in [0, 1] with one int64 class index in y for each image."""
     if x.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"images must be float32 in [0, 1], not {x.dtype}: divide 8-bit images by 255")
     if x.dim() < 2 or y.shape != x.shape[:1] or y.dtype != torch.int64:

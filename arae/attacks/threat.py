@@ -38,7 +38,7 @@ class Threat:
         if self.norm == "linf":
             return delta.clamp(-self.eps, self.eps)
         tiny = torch.finfo(delta.dtype).tiny
-        return delta * _per_sample(self.eps / self.length(delta).clamp_min(tiny), delta).clamp_max(1)
+        return delta * per_sample(self.eps / self.length(delta).clamp_min(tiny), delta).clamp_max(1)
 
     def steepest(self, gradient: Tensor) -> Tensor:
         """The unit step [N, ...] along which a function with this gradient rises most; zero for a zero gradient."""
@@ -46,8 +46,8 @@ class Threat:
             return gradient.sign()
         tiny = torch.finfo(gradient.dtype).tiny
         # Scaled to 1 before it is squared: the gradient of a confident sample may be so small that its square is zero.
-        scaled = gradient / _per_sample(gradient.flatten(1).abs().amax(1).clamp_min(tiny), gradient)
-        return scaled / _per_sample(self.length(scaled).clamp_min(tiny), gradient)
+        scaled = gradient / per_sample(gradient.flatten(1).abs().amax(1).clamp_min(tiny), gradient)
+        return scaled / per_sample(self.length(scaled).clamp_min(tiny), gradient)
 
     def sample(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A perturbation for each image of x [N, ...], uniform in the ball."""
@@ -58,8 +58,9 @@ class Threat:
         noise = torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
         volume = torch.rand(len(x), generator=generator, device=device, dtype=x.dtype).to(x.device)
         radius = self.eps * volume ** (1 / x[0].numel())
-        return noise * _per_sample(radius / self.length(noise), x)
+        return noise * per_sample(radius / self.length(noise), x)
 
 
-def _per_sample(values: Tensor, like: Tensor) -> Tensor:
+def per_sample(values: Tensor, like: Tensor) -> Tensor:
+    """values [N], shaped to broadcast over like [N, ...]."""
     return values.view(-1, *[1] * (like.dim() - 1))

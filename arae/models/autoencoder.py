@@ -10,29 +10,36 @@ import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from torch import Tensor, nn
+from torch import Tensor
 
 from arae.errors import InputError
 from arae.files import write_bytes, write_text
-from arae.models import Encoder, create_decoder, create_encoder
+from arae.models import Decoder, Encoder, create_decoder, create_encoder
+from arae.models.fit import Fit
+from arae.models.wavelet import WaveletCode, WaveletEncoder
+
+SLACK = 1e-3  # that images may lie outside [0, 1]: the rounding of half precision
 
 
 class Autoencoder:
     """A frozen encoder and the decoder that inverts it. Calls keep no gradients and change no mode."""
 
-    def __init__(self, encoder: Encoder, decoder: nn.Module | None, config: Mapping[str, Any]) -> None:
+    def __init__(self, encoder: Encoder, decoder: Decoder | None, config: Mapping[str, Any]) -> None:
         """`config`: the model folder's; see `save_part`."""
         self.encoder = encoder.eval().requires_grad_(False)
         self.decoder = decoder.eval().requires_grad_(False) if decoder is not None else None
         self.config = dict(config)
         self.layer: str = config["encoder"]["layer"]
         self.image_shape: tuple[int, int, int] = tuple(config["image_shape"])
+        self.normalisation: Literal["encoder", "signed"] = config.get("decoder", {}).get("normalisation", "encoder")
+        self._fit = Fit(self.encoder, self.layer, self.decoder) if self.decoder is not None else None
 
     @property
     def device(self) -> torch.device:
@@ -47,23 +54,59 @@ class Autoencoder:
         return self
 
     @torch.no_grad()
-    def encode(self, x: Tensor) -> Tensor:
-        """Features [N, ...] at the tap, of images x: [N, C, H, W] float in [0, 1]."""
-        channels = self.image_shape[0]
-        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point():
-            raise ValueError(f"images must be float [N, {channels}, H, W] in [0, 1], not {x.dtype} {list(x.shape)}")
-        return self.encoder.features(x, self.layer)
+    def encode(self, x: Tensor) -> Tensor | WaveletCode:
+        """Features [N, c, h, w] at the tap, of images x [N, C, H, W] float in [0, 1]; h and w grow with H and W.
+
+        Images are normalised as the decoder's training had it. Wavelet encoders give a `WaveletCode`. Raises ValueError
+        for anything that is not a batch of such images, NaN among it; InputError for images that are too small.
+        """
+        self._refuse_other_than_images(x)
+        return self._encoded(x)
 
     @torch.no_grad()
-    def decode(self, z: Tensor) -> Tensor:
-        """Images [N, C, H, W] in [0, 1] from features."""
+    def decode(self, z: Tensor | WaveletCode) -> Tensor:
+        """Images [N, C, H, W] in [0, 1] from features. Raises InputError where there is no decoder."""
         if self.decoder is None:
             raise InputError("this model has no decoder yet: train one with a recipe that has a `decoder`")
         return self.decoder(z)
 
+    @torch.no_grad()
     def reconstruct(self, x: Tensor) -> Tensor:
-        """`decode(encode(x))`."""
-        return self.decode(self.encode(x))
+        """`decode(encode(x))` at the size of x, whatever that is: [N, C, H, W] in [0, 1].
+
+        Where that size would not come back, the images are padded to the next one that does, at the right and the
+        bottom by repeating the edge (as the authors' code does), and the result is cropped; nothing is resized. Errors
+        as in `encode`, `decode` and `fitting_size`.
+        """
+        self._refuse_other_than_images(x)
+        height, width = x.shape[2:]
+        tall, wide = self.fitting_size(height, width)
+        if (tall, wide) == (height, width):
+            return self.decode(self._encoded(x))
+        padded = F.pad(x, (0, wide - width, 0, tall - height), mode="replicate")
+        return self.decode(self._encoded(padded))[:, :, :height, :width]
+
+    def fitting_size(self, height: int, width: int) -> tuple[int, int]:
+        """The smallest (H, W) at or above height×width that comes back from `decode(encode(x))` as it went in.
+
+        Raises InputError where there is none (a decoder that enlarges by another factor than the encoder reduces by,
+        such as DeePSiM's, fits up to its training size alone), and where there is no decoder.
+        """
+        if self._fit is None:
+            raise InputError("this model has no decoder yet: train one with a recipe that has a `decoder`")
+        return self._fit.size(height, width)
+
+    def _encoded(self, x: Tensor) -> Tensor | WaveletCode:
+        encoder = self.encoder.normalised_by(self.normalisation)
+        return (encoder.coded if isinstance(encoder, WaveletEncoder) else encoder.features)(x, self.layer)
+
+    def _refuse_other_than_images(self, x: Tensor) -> None:
+        channels = self.image_shape[0]
+        if x.ndim != 4 or x.shape[1] != channels or not x.is_floating_point() or not x.numel():
+            raise ValueError(f"images must be float [N, {channels}, H, W] in [0, 1], not {x.dtype} {list(x.shape)}")
+        low, high = (bound.item() for bound in x.aminmax())  # both are NaN where any pixel is
+        if not (low >= -SLACK and high <= 1 + SLACK):
+            raise ValueError(f"images must lie in [0, 1], not from {low:g} to {high:g}: divide 8-bit images by 255")
 
 
 def save_part(
@@ -142,7 +185,7 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
         raise InputError(f"{folder / 'config.json'}: not an arae model (no {error})") from None
 
 
-def load_decoder(folder: Path, config: Mapping[str, Any], encoder: Encoder) -> nn.Module | None:
+def load_decoder(folder: Path, config: Mapping[str, Any], encoder: Encoder) -> Decoder | None:
     """The decoder of a model folder, on the CPU; None where it has none."""
     if "decoder" not in config:
         return None

@@ -4,23 +4,39 @@ The discriminator steps first, then the generator, once each a batch, as in the 
 encoded once, and the reconstruction is made once where a worker has a single micro-batch; with several, the
 generator's graph is made anew in its own half of the step, for the discriminator must have seen the whole batch before
 the generator moves.
+
+What is compared, by the feature loss and by the discriminator, need not be what is decoded: as in the authors' code,
+the decoder may get the features of images normalised by 2x - 1, or another network may compare
+(`decoder.normalisation`, `decoder.comparator`). Then the images are encoded a second time, by the comparator, which
+keeps its own normalisation.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from arae.config import Recipe
+from arae.config import Losses, Recipe
 from arae.models.encoder import Encoder
+from arae.models.wavelet import WaveletCode
 from arae.seeds import mix
 from arae.train import losses
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
+from arae.train.networks import code
 from arae.train.schedule import factor, set_rate
+
+
+class Codes(NamedTuple):
+    """One micro-batch, encoded."""
+
+    decoded: Tensor | WaveletCode
+    """What the decoder decodes."""
+    compared: Tensor
+    """What the feature loss and the discriminator compare; the same tensor where the encoder itself compares."""
 
 
 class DecoderTrainer:
@@ -36,12 +52,27 @@ class DecoderTrainer:
         discriminator: nn.Module | None,
         engine: Engine,
         total: int,
+        *,
+        weights: Losses | None = None,
+        comparator: Encoder | None = None,
     ) -> None:
-        """`total`: optimiser steps of the stage; `discriminator` is for an adversarial loss, which requires it."""
+        """`total`: optimiser steps of the stage; `discriminator` is for an adversarial loss, which requires it.
+
+        weights: those of the losses, which a preset leaves to the shapes (`losses.resolved`); default: the recipe's.
+        comparator: the recipe's, if it has one; default: the encoder.
+        """
         assert recipe.decoder is not None
         self.recipe, self.part, self.engine, self.total = recipe, recipe.decoder, engine, total
+        self.weights = weights or self.part.losses
+        assert self.weights.preset is None, "a preset is to be resolved first"
         # Frozen and in eval mode for good: batch norm of a "frozen" encoder in train mode would still drift.
-        self.encoder = engine.place(encoder).eval().requires_grad_(False)
+        own = engine.place(encoder).eval().requires_grad_(False)
+        self.encoder = engine.place(own.normalised_by(self.part.normalisation)).eval().requires_grad_(False)
+        self.comparator, self.compared_layer = own, self.recipe.encoder.layer
+        if self.part.comparator is not None:
+            assert comparator is not None, "the recipe has a comparator"
+            self.comparator = engine.place(comparator).eval().requires_grad_(False)
+            self.compared_layer = self.part.comparator.layer
         self.generator = engine.place(generator)
         self.wrapped = engine.wrap(self.generator)
         betas, decay = (float(self.part.betas[0]), float(self.part.betas[1])), self.part.weight_decay
@@ -49,7 +80,7 @@ class DecoderTrainer:
         self.scaler, self.buffers = engine.scaler(), StepBuffers(self.generator)
         self.average = Average(self.generator, self.part.ema)
         self.discriminator: nn.Module | None = None
-        if self.part.losses.adversarial:
+        if self.weights.adversarial:
             assert discriminator is not None, "an adversarial loss needs a discriminator"
             self.discriminator = engine.place(discriminator)
             self.d_wrapped = engine.wrap(self.discriminator)
@@ -62,24 +93,27 @@ class DecoderTrainer:
         self.generator.train()
         scale = factor(self.part.schedule, step, self.total)
         self.buffers.begin()
-        features = [self._encode(micro.images) for micro in micros]
-        once = self._reconstruct(features[0]) if len(micros) == 1 else None
+        codes = [self._encode(micro.images) for micro in micros]
+        once = self._reconstruct(codes[0].decoded) if len(micros) == 1 else None
         seen: dict[str, Tensor] = {}
         if self.discriminator is not None:
             set_rate(self.d_optimizer, self.part.discriminator_lr * scale)
-            seen |= self._discriminator_step(step, micros, features, once)
+            seen |= self._discriminator_step(step, micros, codes, once)
         set_rate(self.optimizer, self.part.lr * scale)
-        seen |= self._generator_step(step, micros, features, once)
+        seen |= self._generator_step(step, micros, codes, once)
         self.buffers.end(self.engine)
         self.average.update()
         return seen
 
     @torch.no_grad()
-    def _encode(self, images: Tensor) -> Tensor:
+    def _encode(self, images: Tensor) -> Codes:
         with self.engine.autocast():
-            return self.encoder.features(images, self.part_layer).float()
+            decoded = code(self.encoder, images, self.part_layer)
+            if self.comparator is self.encoder or not (self.weights.feature or self.discriminator):
+                return Codes(decoded, decoded.code if isinstance(decoded, WaveletCode) else decoded)
+            return Codes(decoded, self.comparator.features(images, self.compared_layer).float())
 
-    def _reconstruct(self, features: Tensor) -> Tensor:
+    def _reconstruct(self, features: Tensor | WaveletCode) -> Tensor:
         with self.engine.autocast():
             return self.wrapped(features).float()
 
@@ -89,21 +123,22 @@ class DecoderTrainer:
         return self.recipe.encoder.layer
 
     def _discriminator_step(
-        self, step: int, micros: Sequence[Micro], features: Sequence[Tensor], once: Tensor | None
+        self, step: int, micros: Sequence[Micro], codes: Sequence[Codes], once: Tensor | None
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
         self.discriminator.train().requires_grad_(True)
         self.d_optimizer.zero_grad(set_to_none=True)
         self.d_buffers.begin()
         seen = []
-        for micro, z in zip(micros, features, strict=True):
-            fake = once.detach() if once is not None else self._fake(z)
+        for micro, coded in zip(micros, codes, strict=True):
+            fake = once.detach() if once is not None else self._fake(coded.decoded)
             torch.manual_seed(mix(self.recipe.seed, "discriminator", step, micro.index))  # dropout
             with self.engine.accumulating(self.d_wrapped, last=micro is micros[-1]):
                 with self.engine.autocast():
-                    real_logits, fake_logits = self.d_wrapped(torch.cat([micro.images, fake]), z).chunk(2)
+                    both = torch.cat([micro.images, fake])
+                    real_logits, fake_logits = self.d_wrapped(both, coded.compared).chunk(2)
                 loss = losses.discriminator(real_logits, fake_logits)
-                self.d_scaler.scale(self.part.losses.discriminator * loss / len(micros)).backward()
+                self.d_scaler.scale(self.weights.discriminator * loss / len(micros)).backward()
             self.d_buffers.keep()
             seen.append(loss.detach())
         self.d_scaler.step(self.d_optimizer)
@@ -112,14 +147,14 @@ class DecoderTrainer:
         return {"discriminator_loss": torch.stack(seen).mean()}
 
     @torch.no_grad()
-    def _fake(self, features: Tensor) -> Tensor:
+    def _fake(self, features: Tensor | WaveletCode) -> Tensor:
         with self.engine.autocast():
             fake = self.generator(features).float()
         self.buffers.drop()  # the generator's own half of the step counts, this pass does not
         return fake
 
     def _generator_step(
-        self, step: int, micros: Sequence[Micro], features: Sequence[Tensor], once: Tensor | None
+        self, step: int, micros: Sequence[Micro], codes: Sequence[Codes], once: Tensor | None
     ) -> dict[str, Tensor]:
         if self.discriminator is not None:
             # Its weight gradients are not wanted here, and the group must not wait for them.
@@ -128,11 +163,11 @@ class DecoderTrainer:
         if self.discriminator is not None:
             self.d_buffers.begin()
         seen = []
-        for micro, z in zip(micros, features, strict=True):
+        for micro, coded in zip(micros, codes, strict=True):
             with self.engine.accumulating(self.wrapped, last=micro is micros[-1]):
-                fake = once if once is not None else self._reconstruct(z)
+                fake = once if once is not None else self._reconstruct(coded.decoded)
                 torch.manual_seed(mix(self.recipe.seed, "generator", step, micro.index))  # dropout
-                terms = self._terms(micro.images, z, fake)
+                terms = self._terms(micro.images, coded.compared, fake)
                 self.scaler.scale(terms["loss"] / len(micros)).backward()
             self.buffers.keep()
             if self.discriminator is not None:
@@ -144,19 +179,19 @@ class DecoderTrainer:
             self.d_buffers.end(self.engine)
         return {key: torch.stack([one[key] for one in seen]).mean() for key in seen[0]}
 
-    def _terms(self, images: Tensor, features: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    def _terms(self, images: Tensor, compared: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Eq. 3: the weighted sum as `loss`, and each term by its name."""
-        weights = self.part.losses
+        weights = self.weights
         terms: dict[str, Tensor] = {"pixel": losses.pixel(fake, images, weights.pixel_norm)}
         total = weights.pixel * terms["pixel"]
         if weights.feature:
             with self.engine.autocast():
-                again = self.encoder.features(fake, self.part_layer).float()
-            terms["feature"] = losses.feature(again, features)
+                again = self.comparator.features(fake, self.compared_layer).float()
+            terms["feature"] = losses.feature(again, compared)
             total = total + weights.feature * terms["feature"]
         if self.discriminator is not None:
             with self.engine.autocast():
-                logits = self.discriminator(fake, features)
+                logits = self.discriminator(fake, compared)
             terms["adversarial"] = losses.adversarial(logits)
             total = total + weights.adversarial * terms["adversarial"]
         return {"loss": total, **terms}

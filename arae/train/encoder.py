@@ -1,4 +1,9 @@
-"""One step of adversarial training (Madry et al. 2018; Eq. 2 of the ARAE paper). Radius 0 is standard training."""
+"""One step of adversarial training: PGD's (Madry et al. 2018; Eq. 2 of the ARAE paper), or TRADES, MART or GAIRAT.
+
+Radius 0 is standard training, whatever the objective. Every attack sees the network in evaluation mode. TRADES and MART
+compare the attacked images with the clean ones: each kind goes through the network in training mode on its own, the
+clean one first, as in the authors' code, so batch norm does not mix them; its running statistics take up both in turn.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +17,7 @@ from arae.attacks.gradient import perturb
 from arae.config import Recipe
 from arae.models.encoder import Encoder
 from arae.seeds import mix
-from arae.train import losses
+from arae.train import losses, objectives
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
 from arae.train.schedule import factor, set_rate
@@ -25,7 +30,10 @@ class EncoderTrainer:
 
     def __init__(self, recipe: Recipe, model: Encoder, engine: Engine, total: int) -> None:
         """`total`: optimiser steps of the stage."""
+        objectives.check_objective(recipe.encoder)
         self.recipe, self.part, self.engine, self.total = recipe, recipe.encoder, engine, total
+        self.kind = self.part.objective.kind if self.part.attack.eps else "at"
+        self.beta = self.part.objective.beta or objectives.BETA.get(self.kind, 0.0)
         self.model = engine.place(model)
         self.wrapped = engine.wrap(self.model)
         self.optimizer = torch.optim.SGD(
@@ -50,18 +58,36 @@ class EncoderTrainer:
 
     def _descend(self, step: int, micro: Micro, count: int, *, last: bool) -> dict[str, Tensor]:
         seed = mix(self.recipe.seed, "encoder", step, micro.index)
-        generator = torch.Generator(self.engine.device).manual_seed(seed) if self.part.attack.random_start else None
         with self.engine.autocast():
-            attacked = perturb(self.model, micro.images, micro.labels, self.part.attack, generator)
+            attacked, weights = self._attack(step, micro, torch.Generator(self.engine.device).manual_seed(seed))
         torch.manual_seed(seed)  # dropout
         with self.engine.accumulating(self.wrapped, last=last):
             with self.engine.autocast():
+                clean = self.wrapped(micro.images) if self.kind in ("trades", "mart") else None
                 logits = self.wrapped(attacked)
-            loss = losses.classification(logits, micro.labels, self.part.label_smoothing)
+            loss = self._loss(clean, logits, micro.labels, weights)
             self.scaler.scale(loss / count).backward()
         self.buffers.keep()
         hits = (logits.detach().argmax(1) == micro.labels).float().mean()
         return {"loss": loss.detach(), "train_accuracy": hits}
+
+    def _attack(self, step: int, micro: Micro, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """The images to learn from, and GAIRAT's weights once they count."""
+        part, x, y = self.part.attack, micro.images, micro.labels
+        if self.kind == "trades":
+            return objectives.perturb_divergence(self.model, x, part, generator), None
+        if self.kind == "gairat" and step >= self.part.objective.burn_in * self.total:
+            attacked, held = objectives.perturb_counting(self.model, x, y, part, generator)
+            return attacked, objectives.geometry_weights(held, part.steps, self.part.objective.shift)
+        return perturb(self.model, x, y, part, generator), None
+
+    def _loss(self, clean: Tensor | None, logits: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
+        """The objective's mean loss, from the clean images' logits, where it needs them, and the attacked ones'."""
+        if clean is not None:
+            return (objectives.trades if self.kind == "trades" else objectives.mart)(clean, logits, y, self.beta)
+        if weights is not None:
+            return objectives.gairat(logits, y, weights)
+        return losses.classification(logits, y, self.part.label_smoothing)
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on; the random numbers depend on (seed, step, micro-batch) alone."""

@@ -11,6 +11,22 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor
 
+from arae.config import Losses, Preset
+
+PRESETS: dict[Preset, tuple[float, float, float]] = {
+    "inversion-pixel": (2e-6, 0, 0),
+    "inversion-pixel-feature": (2e-6, 1e-2, 0),
+    "inversion": (2e-6, 1e-2, 100),
+    "anomaly-standard": (2e-3, 1e-2, 0),
+    "anomaly-robust": (2e-6, 1e-2, 0),
+    "style-standard": (2e-4, 1e-2, 0),
+    "style-robust": (2e-6, 1e-2, 0),
+    "denoising": (2e-6, 1e-2, 0),
+}
+"""The paper's weights (Table 1; Sec. A4 of its appendix) of the pixel, feature and adversarial losses, for sums over a
+batch of 128. The discriminator's own loss weighs what the adversarial one does, 100, as in the authors' code (the text
+prints the pixel loss's 2e-6 there)."""
+
 
 def classification(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of logits [N, K] and class indices y [N]."""
@@ -45,6 +61,23 @@ def from_paper(weight: float, elements: int, batch: int = 128) -> float:
     2e-6 on images of 3·224·224 gives 38.5; 1e-2 on 9216 features, 11,796; 100 on the discriminator's output, 12,800.
     """
     return weight * elements * batch
+
+
+def resolved(part: Losses, image_elements: int, feature_elements: int) -> Losses:
+    """The weights that train: those of the preset, where there is one, as weights of means; else `part` itself.
+
+    image_elements: C·H·W of an image; feature_elements: c·h·w of the features that the feature loss compares.
+    """
+    if part.preset is None:
+        return part
+    pix, feat, gan = PRESETS[part.preset]
+    return Losses(
+        pixel=from_paper(pix, image_elements),
+        pixel_norm=part.pixel_norm,
+        feature=from_paper(feat, feature_elements),
+        adversarial=from_paper(gan, 1),
+        discriminator=from_paper(gan, 1) or part.discriminator,
+    )
 
 
 def _same_shape(a: Tensor, b: Tensor) -> None:

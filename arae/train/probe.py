@@ -17,6 +17,7 @@ from arae.pictures import grid, save_png
 from arae.runs import RunFolder
 from arae.train.engine import Engine
 from arae.train.log import Log
+from arae.train.networks import code
 
 SIZE = 256
 PICTURES = 8
@@ -49,9 +50,9 @@ class Probe:
             return (model(images).argmax(1) == self.labels).float().mean().item()
 
     def reconstruct(self, encoder: Encoder, generator: nn.Module, step: int) -> dict[str, float]:
-        """PSNR of the reconstructions; leaves a picture of a few beside their originals."""
+        """PSNR of what the generator makes of `encoder`; leaves a picture of a few beside their originals."""
         with evaluating(generator), torch.no_grad(), self.engine.autocast():
-            again = generator(encoder.features(self.images, self.recipe.encoder.layer)).float()
+            again = generator(code(encoder, self.images, self.recipe.encoder.layer)).float()
         name = f"decoder-{step:06d}.png"
         self.folder.images.mkdir(exist_ok=True)
         save_png(grid([self.images[:PICTURES], again[:PICTURES]]), self.folder.images / name)

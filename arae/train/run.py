@@ -5,16 +5,14 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from arae.config import Recipe, Stage
 from arae.data.load import Source, fingerprint, open_source
 from arae.errors import DiskFull, InputError
-from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
+from arae.models import Encoder, create_encoder
 from arae.models.autoencoder import load_encoder, read_config, save_part
 from arae.runs import RunFolder
 from arae.seeds import mix
@@ -23,6 +21,7 @@ from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine
 from arae.train.log import Listener, Log
 from arae.train.loop import Fit, Trainer, fit
+from arae.train.networks import decoding, load_comparator, sha256_of, weights_file
 from arae.train.probe import Probe
 from arae.train.state import drop_states, list_states
 
@@ -99,11 +98,11 @@ class Worker:
             assert config is not None
             return load_encoder(self.folder.model, config)
         torch.manual_seed(mix(self.recipe.seed, "initial encoder"))
-        given = _weights_file(part.weights) if part.weights else None
+        given = weights_file(part.weights) if part.weights else None
         model = create_encoder(
             part.name, len(self.source.classes), shape[0], shape[1], pretrained=given, width=part.width
         )
-        model.feature_shape(shape, part.layer)  # an unknown layer is refused before hours of training
+        self._refuse_what_cannot_follow(model)
         total = part.total_steps(self.source.n)
         trainer = EncoderTrainer(self.recipe, model, self.engine, total)
 
@@ -127,21 +126,47 @@ class Worker:
         assert part is not None
         if self._finished("decoder"):
             return
-        feature_shape = encoder.feature_shape(shape, self.recipe.encoder.layer)
+        comparator = load_comparator(part.comparator, shape)
+        networks = decoding(self.recipe, encoder, comparator, shape)
         torch.manual_seed(mix(self.recipe.seed, "initial decoder"))
-        generator = create_decoder(part.name, feature_shape=feature_shape, image_shape=shape)
-        discriminator: nn.Module | None = None
-        if part.losses.adversarial:
-            torch.manual_seed(mix(self.recipe.seed, "initial discriminator"))
-            discriminator = create_discriminator(part.name, feature_shape=feature_shape, image_shape=shape)
+        generator = networks.generator()
+        torch.manual_seed(mix(self.recipe.seed, "initial discriminator"))
+        discriminator = networks.discriminator()
         total = part.total_steps(self.source.n)
-        trainer = DecoderTrainer(self.recipe, encoder, generator, discriminator, self.engine, total)
+        trainer = DecoderTrainer(
+            self.recipe,
+            encoder,
+            generator,
+            discriminator,
+            self.engine,
+            total,
+            weights=networks.weights,
+            comparator=comparator,
+        )
 
         def validate(step: int) -> dict[str, float]:
             assert self.probe is not None
             return self.probe.reconstruct(trainer.encoder, trainer.generator, step)
 
-        self._run(trainer, part, total, validate, {"name": part.name})
+        entry: dict[str, Any] = {
+            "name": part.name,
+            "normalisation": part.normalisation,
+            "losses": networks.weights.model_dump(include={"pixel", "feature", "adversarial"}),
+        }
+        if part.comparator is not None:
+            where = part.comparator.weights
+            entry["comparator"] = part.comparator.model_dump() | {"sha256": sha256_of(where)}
+        self._run(trainer, part, total, validate, entry)
+
+    def _refuse_what_cannot_follow(self, encoder: Encoder) -> None:
+        """InputError, before hours of training, for a layer that is not there and a decoder that will not fit it."""
+        shape = self.source.shape
+        encoder.feature_shape(shape, self.recipe.encoder.layer)
+        if self.recipe.decoder is not None:
+            comparator = load_comparator(self.recipe.decoder.comparator, shape)
+            networks = decoding(self.recipe, encoder, comparator, shape)
+            networks.generator()
+            networks.discriminator()
 
     def _run(
         self,
@@ -195,11 +220,6 @@ class Worker:
 
     def _digest(self, stage: str) -> str:
         return self.recipe.stage_digest("encoder" if stage == "encoder" else "decoder")
-
-
-def _weights_file(where: str) -> Path:
-    path = Path(where)
-    return RunFolder(path).model / "encoder.safetensors" if path.is_dir() else path
 
 
 def hardware(engine: Engine) -> dict[str, Any]:

@@ -179,7 +179,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = N
     _one_trip(loaded)
     load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
 
-    with session(loaded) as run:
+    with session(loaded, trained=True) as run:
         records = run.evaluate(_where(None, None, device).torch_device())
     for line in summary(records):
         typer.echo(line)

@@ -68,6 +68,8 @@ class Record(BaseModel):
     model: Model
     threat: Threat | None = None
     digest: str
+    training: str | None = None
+    """Digest of the trained model's recipe, its evaluation apart: what the records of several protocols share."""
     stage: str
     seed: int
     scale: Literal["full", "small"]

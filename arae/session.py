@@ -39,16 +39,17 @@ class Session:
 
     def evaluate(self, device: torch.device) -> list[Record]:
         """Measure, and mirror the records."""
-        records = evaluate(self.recipe, self.folder, device, self.progress.task)
+        records = evaluate(self.recipe, self.folder, device, self.progress.task, self.progress.note)
         self.tracker.log_records(records)
         return records
 
 
 @contextmanager
-def session(recipe: Recipe, parent: str | None = None) -> Iterator[Session]:
+def session(recipe: Recipe, parent: str | None = None, *, trained: bool = False) -> Iterator[Session]:
     """Hold the recipe's run folder: resolved recipe written, progress shown, MLflow fed; all closed in the end.
 
-    `parent`: name of the run that MLflow shows this one under.
+    `parent`: name of the run that MLflow shows this one under. `trained`: leave the folder's `recipe.yaml`, which says
+    what was trained, as it is: one evaluation in another way must not become the way of all later ones.
 
     Raises InputError where the folder holds another recipe's training, or another command is at work on it.
     """
@@ -56,7 +57,8 @@ def session(recipe: Recipe, parent: str | None = None) -> Iterator[Session]:
     folder = RunFolder.of(recipe, root)
     with full_disk(folder), folder.lock():
         refuse_another(recipe, folder)
-        folder.create(recipe)
+        if not (trained and folder.recipe.is_file()):
+            folder.create(recipe)
         with (
             Progress(folder) as progress,
             Tracker(folder, recipe, root, parent=parent, note=progress.note) as tracker,

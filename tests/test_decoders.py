@@ -1,4 +1,4 @@
-"""Decoders by the paper's tables: counts, every intermediate shape, initialisation, spectral norm; and the mirrors."""
+"""Decoders by the paper's tables: counts, every intermediate shape, initialisation and spectral norm."""
 
 from unittest import mock
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from arae.errors import InputError
 from arae.models import create_decoder, mirror
-from arae.models.blocks import natural_size, normalise_spectrum
+from arae.models.blocks import normalise_spectrum
 from arae.models.decoder import DECODERS
 from arae.models.generators import LAYOUTS
 
@@ -239,65 +239,6 @@ def test_names_and_random_weights_are_those_of_saved_models():
     assert {"layers.0.parametrizations.weight.original", "layers.36.bias", "layers.33.parametrizations.weight.0._u",
             "layers.34.running_mean"} <= names  # fmt: skip
     assert all(name.startswith("layers.") for name in names)
-
-
-MIRRORS = [
-    ((128, 4, 4), (1, 28, 28)),
-    ((128, 4, 4), (3, 32, 32)),
-    ((512, 4, 4), (3, 32, 32)),
-    ((32, 8, 6), (3, 64, 48)),
-    ((64, 32, 32), (3, 32, 32)),
-    ((64, 33, 40), (3, 32, 32)),
-    ((256, 6, 6), (3, 224, 224)),
-    ((64, 27, 27), (3, 224, 224)),
-    ((16, 13, 13), (3, 224, 224)),
-    ((8, 5, 7), (1, 37, 51)),
-    ((8, 1, 1), (1, 28, 28)),
-    ((8, 1, 1), (3, 1, 1)),
-    ((8, 1, 3), (1, 20, 96)),
-    ((1, 4, 4), (1, 32, 32)),
-]
-
-
-@pytest.mark.parametrize(("features", "image"), MIRRORS)
-@pytest.mark.parametrize("name", ["mirror", "deepsim"])
-def test_any_shape_is_reached_exactly(name, features, image):
-    decoder = without_weights(name, features, image)
-    full = decoder.layers(torch.empty(2, *features, device="meta")).shape[2:]
-    assert tuple(full) == natural_size(decoder.layers, *features[1:])
-    assert all(side >= wanted for side, wanted in zip(full, image[1:], strict=True))
-    assert decoder(torch.empty(2, *features, device="meta")).shape == (2, *image)
-    assert decoder.output_size(*features[1:]) == image[1:]
-
-
-def test_mirror_follows_the_papers_layout():
-    """For conv5 it grows 6 to 7 and doubles five times, as the authors' decoder does; 28 is cropped from 32."""
-    strides = [m.stride[0] for m in mirror((256, 6, 6), (3, 224, 224)).layers if isinstance(m, nn.ConvTranspose2d)]
-    assert strides == [1, 2, 2, 2, 2, 2]
-    small = mirror((128, 4, 4), (1, 28, 28)).eval()
-    z = torch.randn(2, 128, 4, 4)
-    torch.testing.assert_close(small(z), (small.layers(z)[:, :, 2:30, 2:30] + 1) / 2)
-    widths = [m.out_channels for m in small.layers if isinstance(m, nn.ConvTranspose2d)]
-    assert widths == [64, 32, 16]
-
-
-def test_a_pixel_stays_where_it_was_when_the_features_grow():
-    """The crop is that of the trained size: larger features, whose first ones are the same, give the same first pixels.
-
-    Each doubling looks at neighbours, so only what lies out of sight of the new features is compared.
-    """
-    decoder = mirror((8, 4, 4), (1, 28, 28)).double().eval()
-    large = torch.randn(1, 8, 12, 13, dtype=torch.float64)
-    images, again = decoder(large), decoder(large[:, :, :9, :11])
-    assert images.shape == (1, 1, 8 * 12 - 4, 8 * 13 - 4)
-    torch.testing.assert_close(images[:, :, :40, :56], again[:, :, :40, :56])
-
-
-def test_mirror_takes_spectral_norm_as_an_option():
-    with_norm, without = (mirror((32, 4, 4), (1, 16, 16), spectral=flag) for flag in (True, False))
-    assert count(with_norm) == count(without)
-    assert nn.utils.parametrize.is_parametrized(with_norm.layers[0])
-    assert not nn.utils.parametrize.is_parametrized(without.layers[0])
 
 
 def test_deepsim_is_as_published_and_starts_at_scale():

@@ -71,7 +71,7 @@ BATCH, SHARE = 128, 32
 ENCODERS = {
     "encoder, no batch norm": ("small-cnn", "at", BATCH),
     "encoder, batch norm": ("resnet18-cifar", "at", SHARE),
-    "encoder, two passes": ("resnet18-cifar", "trades", SHARE),
+    "encoder, two passes": ("resnet18-cifar", "mart", SHARE),
 }
 CASES = [*ENCODERS, "decoder"]
 

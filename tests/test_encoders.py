@@ -22,6 +22,7 @@ WIDTH = 0.1
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # for images this small a second thread only costs
 
 
 def _small(name: str):

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
-from checkpoints import TheirWavelets, authors_network, generator_file, robustness_file
+from checkpoints import TheirWavelets, authors_network
 from safetensors.torch import save_file
 from torch import nn
 
@@ -117,18 +116,3 @@ def test_options_that_do_not_fit_are_refused(tmp_path, options, said):
     with pytest.raises(InputError, match=said):
         import_model(tmp_path / "net.pt", tmp_path / "model", ImportOptions(**options))
     assert not (tmp_path / "model").exists()
-
-
-def test_a_generator_of_another_encoder_is_refused(tmp_path):
-    with torch.device("meta"):
-        net = torchvision.models.alexnet(num_classes=2)
-    net = net.to_empty(device="cpu")
-    for parameter in net.parameters():
-        nn.init.zeros_(parameter)
-    torch.save(robustness_file(net), tmp_path / "encoder.pt")
-    nn.init.ones_(net.features[3].bias)
-    torch.save(generator_file(net, authors_network("alexnet-conv2"), "conv2", None), tmp_path / "generator.pt")
-    with pytest.raises(InputError, match=r"another encoder than .*features\.3\.bias differs"):
-        import_model(tmp_path / "generator.pt", tmp_path / "model", ImportOptions(encoder=str(tmp_path / "encoder.pt")))
-    with pytest.raises(InputError, match=r"encoder=.*no model in this folder"):
-        import_model(tmp_path / "generator.pt", tmp_path / "model", ImportOptions(encoder=str(tmp_path)))

@@ -3,6 +3,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from itertools import pairwise
 from pathlib import Path
@@ -14,15 +16,15 @@ from training import tiny_recipe
 
 from arae.adopt import adopt_encoder, finished, has_encoder
 from arae.config import Recipe, dump_recipe
+from arae.cost import Networks, parameters
 from arae.errors import InputError
 from arae.launch import Where
 from arae.metrics import METRICS, wilson
 from arae.models.autoencoder import read_config
 from arae.records import Model, Record, Threat, read_records, write_records
 from arae.runs import RunFolder
-from benchmarks.tables import jobs, run, show
+from benchmarks.tables import jobs, planned, run, show
 from benchmarks.tables.definition import FOLDER, PARAMETERS, SCALES, Definition, Trip, definitions, find, load, trips
-from benchmarks.tables.planned import cost
 from benchmarks.tables.reproduce import reproduce
 from benchmarks.tables.verdict import UNITS, Cell, difference, judge
 
@@ -211,6 +213,13 @@ def test_one_contradiction_outweighs_what_holds() -> None:
     assert judged.said == "not reproduced (1 of 2 orderings hold, 1 contradicted)"
 
 
+def test_a_count_alone_is_no_run() -> None:
+    d = DEFINITIONS["arae-main-T7"]
+    judged = judge(d, "small", trips(d, "small"), {})
+    assert "holds" in [each.outcome for each in judged.orderings], "the parameters are ordered as the paper has them"
+    assert judged.said == "not run"
+
+
 def test_an_order_undecided_in_part_is_not_reproduced_in_full() -> None:
     document = plain()
     document["rows"]["best"] = {"label": "best", "run": "best", "paper": {"psnr": 18.1}}
@@ -266,26 +275,26 @@ def test_the_list_has_every_table_with_state_and_cost() -> None:
 
 
 @pytest.mark.parametrize(("table", "scale"), SCALED)
-def test_every_table_is_planned(table: str, scale: str) -> None:
-    made = cost(DEFINITIONS[table], scale)
-    assert made.encoders > 0
-    assert made.decoders > 0
-    assert made.evaluation > 0
+def test_every_table_is_planned(table: str, scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planned, "count", lambda definition, scale: pytest.fail("counted.json is of other recipes"))
+    made = planned.planned(DEFINITIONS[table], scale)
+    assert min(made.encoders, made.decoders, made.evaluation) > 0
+    assert set(made.parameters) == set(DEFINITIONS[table].used)
     low, high = (10, 5000) if scale == "full" else (0.05, 20)
-    assert low < made.hours < high
+    assert low < made.hours(scale) < high
 
 
-def test_cost_is_that_of_the_recipes_counted_by_plan() -> None:
-    from arae.cost import Networks
-
-    (trip,) = (t for t in trips(DEFINITIONS["arae-new-A3"], "small") if t.key == "eps-1")
-    r = trip.recipe
-    networks = Networks(r, (3, 32, 32), 10)
-    images = 3 * 40_000
+def test_what_was_counted_is_what_plan_counts() -> None:
     d = DEFINITIONS["arae-new-A3"]
-    one = d.model_copy(update={"rows": {"eps-1": d.rows["eps-1"]}})
-    assert cost(one, "small").encoders == pytest.approx(images * networks.encoder_step(r.encoder.attack), rel=1e-3)
-    assert cost(one, "small").decoders == pytest.approx(2 * 40_000 * networks.decoder_step(1), rel=1e-3)
+    there = {trip.key: trip.recipe for trip in trips(d, "small")}
+    networks = Networks(there["eps-1"], (3, 32, 32), 10)
+    kept = planned.planned(d, "small")
+    at_zero, under_attack = (networks.encoder_step(there[key].encoder.attack) for key in ("eps-0", "eps-1"))
+    passes = 40_000 * (3 * at_zero + (3 + 6) * under_attack)  # 3 epochs at 0 and 0.5, 1 at each of six further radii
+    assert kept.encoders == pytest.approx(passes, rel=1e-3)
+    assert kept.decoders == pytest.approx(8 * 40_000 * networks.decoder_step(1), rel=1e-3)
+    assert networks.decoder is not None
+    assert set(kept.parameters.values()) == {parameters(networks.decoder)}
 
 
 # ---- running
@@ -365,11 +374,6 @@ def test_a_table_from_images_to_verdict(table: Path, tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_side_by_side_killed_and_begun_again(table: Path, tmp_path: Path, run_arae) -> None:
     command = ("reproduce", str(table), "--scale", "small", "--jobs", "2", "--device", "cpu")
-    if not hasattr(os, "sched_getaffinity"):
-        pytest.skip("counts cores by sched_getaffinity")
-    import subprocess
-    import sys
-
     with subprocess.Popen(
         [sys.executable, "-m", "arae", *command, "encoder.steps=400"],
         cwd=tmp_path,
@@ -459,6 +463,7 @@ def test_a_run_waits_for_the_encoder_that_it_starts_from(monkeypatch: pytest.Mon
 def test_an_encoder_is_adopted_whole_or_not_at_all(tiny_npz: Path, tmp_path: Path) -> None:
     from arae.train.run import train
 
+    torch.set_num_threads(1)
     recipe = tiny_recipe(tiny_npz, encoder__steps=2, decoder=None)
     source, target = RunFolder(tmp_path / "a"), RunFolder(tmp_path / "b")
     source.create(recipe)
@@ -482,4 +487,4 @@ def test_a_runs_process_is_told_what_to_run(table: Path) -> None:
     plan = jobs.Plan(str(table), "small", ("seed=1",), Where(device="cpu"))
     trip: Trip = trips(find(str(table)), "small")[0]
     words = plan.command(trip)[1:]
-    assert words == ["-m", "benchmarks.tables", "run", str(table), "small", "bad", "--device", "cpu", "seed=1"]
+    assert words == ["-m", "benchmarks.tables", "run", str(table), "small", "bad", "seed=1", "--device", "cpu"]

@@ -84,6 +84,7 @@ class Recorder:
             model=described(recipe, self.model, decoder=self.decoder),
             threat=threat,
             digest=recipe.digest,
+            training=recipe.stage_digest("decoder" if recipe.decoder else "encoder"),
             stage=stage,
             seed=recipe.seed,
             scale=recipe.scale,

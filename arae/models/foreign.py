@@ -6,6 +6,7 @@ those projects do not run is left out: an attacker's copies of the weights, dens
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -117,9 +118,8 @@ def recognise(weights: Weights, where: object, *, channels: int, width: float) -
     misfits: dict[str, int] = {}
     for name in names:
         if channels == 3 or name not in ("alexnet", "vgg16"):
-            with torch.device("meta"):
-                blank = create_encoder(name, classes_of(name, weights, channels, width), channels, width=width)
-            misfits[name] = _misfits(own_names(blank, weights), blank.net)
+            blank, head = _blank(name, channels, width)
+            misfits[name] = _misfits(own_names(blank, weights), blank.net, head)
     fitting = [name for name, misfit in misfits.items() if not misfit]
     if len(fitting) == 1:
         return fitting[0]
@@ -142,16 +142,21 @@ def build_encoder(name: str, weights: Weights, where: object, *, channels: int, 
 
 
 def classes_of(name: str, weights: Weights, channels: int, width: float) -> int:
-    """Classes of a network by the weights of its last layer: that whose shape depends on them; 2 at the least."""
+    """Classes of a network by the weights of its last layer; 2 at the least."""
+    blank, head = _blank(name, channels, width)
+    named = own_names(blank, weights)
+    sides = [named[key].shape[axis] for key, axis in head.items() if key in named and named[key].ndim > axis]
+    return max(2, sides[0]) if sides else 2
+
+
+@functools.cache
+def _blank(name: str, channels: int, width: float) -> tuple[Encoder, dict[str, int]]:
+    """A network of 2 classes without data, and the axis of the classes in each weight that has one."""
     with torch.device("meta"):
         two, three = (create_encoder(name, n, channels, width=width) for n in (2, 3))
-    shapes, other = two.net.state_dict(), three.net.state_dict()
-    named = own_names(two, weights)
-    for key, value in shapes.items():
-        differing = [axis for axis, side in enumerate(value.shape) if side != other[key].shape[axis]]
-        if differing and key in named and named[key].ndim == value.ndim:
-            return max(2, named[key].shape[differing[0]])
-    return 2
+    pairs = zip(two.net.state_dict().items(), three.net.state_dict().values(), strict=True)
+    axes = {key: [i for i, side in enumerate(a.shape) if side != b.shape[i]] for (key, a), b in pairs}
+    return two, {key: differing[0] for key, differing in axes.items() if differing}
 
 
 def read_generator(content: Mapping[str, Any], where: object, name: str | None) -> Generator:
@@ -225,12 +230,11 @@ def _normalisers(weights: Weights, names: tuple[str, ...]) -> Weights:
     return {key: v for key, v in weights.items() if (found := _NORMALISER.fullmatch(key)) and found[1] in names}
 
 
-def _misfits(weights: Weights, model: nn.Module) -> int:
-    """How many names or shapes differ."""
+def _misfits(weights: Weights, model: nn.Module, head: Mapping[str, int] | None = None) -> int:
+    """How many names or shapes differ; the shapes of weights in `head` may."""
     own = {key: value.shape for key, value in model.state_dict().items()}
-    return sum(key not in weights or weights[key].shape != shape for key, shape in own.items()) + sum(
-        key not in own for key in weights
-    )
+    shapes = sum(key in weights and weights[key].shape != own[key] for key in own if key not in (head or ()))
+    return shapes + len(own.keys() ^ weights.keys())
 
 
 def _below(weights: Weights, prefix: str) -> Weights:

@@ -172,7 +172,8 @@ class Encoder(nn.Module):
     def _path(self, layer: str) -> str:
         if layer in self.layers:
             return self.layers[layer]
-        near = difflib.get_close_matches(layer, self.layers, n=1)
+        as_deep = [name for name in self.layers if name.count(".") == layer.count(".")]
+        near = difflib.get_close_matches(layer, as_deep, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
         fault = f"can't tap {layer!r}, which {self.refused[layer]}" if layer in self.refused else f"has no {layer!r}"
         raise InputError(f"encoder.layer: encoder {self.name} {fault}: {hint}its layers are {self.layers_in_words()}")

@@ -42,14 +42,14 @@ def torchvision_encoder(name: str, num_classes: int, in_channels: int, width: fl
     Taps are the modules whose output is a map [N, c, h, w] larger than 1×1 and that run once a pass; by default the
     last one before the classifier's pooling. Raises InputError: an unknown name, other than 3 channels, a width.
     """
+    kind = name.removeprefix(FAMILY)
     if name not in classifiers():
-        near = difflib.get_close_matches(name, classifiers(), n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "torchvision.models.list_models() names those there are"
-        raise InputError(f"encoder.name: torchvision has no classifier {name.removeprefix(FAMILY)!r}: {hint}")
+        near = difflib.get_close_matches(kind, [known.removeprefix(FAMILY) for known in classifiers()], n=1)
+        hint = f"did you mean {FAMILY + near[0]!r}?" if near else "torchvision.models.list_models() names what it has"
+        raise InputError(f"encoder.name: torchvision has no classifier {kind!r}: {hint}")
     refuse_grey(name, in_channels)
     if width != 1:
         raise InputError(f"encoder.width = {width:g}: encoder {name} has one width, so leave it at 1")
-    kind = name.removeprefix(FAMILY)
     net = _network(kind, num_classes)
     layers, refused, layer = _taps(net)
     mean, std = _statistics(kind)

@@ -13,6 +13,7 @@ CLASSIFICATION = "classification"
 RECONSTRUCTION = "reconstruction"
 BASELINES = ("mean-image", "other-features")
 """Protocols whose PSNR says what a decoder has to beat: the mean of the evaluated images; another image's features."""
+_KINDS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack")
 _METRICS = ("clean_accuracy", "robust_accuracy", "psnr", "ssim", "lpips")
 _PROTOCOLS = (CLASSIFICATION, RECONSTRUCTION, *BASELINES)
 
@@ -35,7 +36,7 @@ class Column:
             for name, known in ((self.protocol, _PROTOCOLS), (self.metric, _METRICS))
         ]
         t = self.threat
-        strength = (t.norm, t.eps, t.steps * t.restarts) if t else ("", 0.0, 0)
+        strength = (t.norm, t.eps, *strength_of(t)) if t else ("", 0.0, 0, 0)
         return (places[0], self.protocol, t is not None, *strength, places[1], self.metric)
 
 
@@ -48,6 +49,7 @@ class Row:
     split: str
     seed: int
     digest: str
+    """Of the training, where the records know it; of the whole recipe otherwise."""
     cells: dict[Column, Record] = field(default_factory=dict)
     label: str = ""
 
@@ -93,7 +95,7 @@ class Table:
         """
         trained = {row.model.train_norm for row in self.rows if row.eps > 0}
         threats = [c.threat for c in self.columns if c.metric == "robust_accuracy" and c.threat]
-        return max(threats, key=lambda t: (t.norm in trained, t.eps, t.steps * t.restarts), default=None)
+        return max(threats, key=lambda t: (t.norm in trained, t.eps, *strength_of(t)), default=None)
 
     @property
     def strongest(self) -> tuple[Threat, ...]:
@@ -130,8 +132,9 @@ def tabulate(records: Iterable[Record]) -> Table:
         column = Column(record.metric, record.protocol, record.threat, record.unit, record.direction)
         columns.add(column)
         key = (record.dataset, record.split, m.encoder, m.train_norm if m.train_eps else None, m.train_eps)
-        key = (*key, record.seed, record.digest)
-        row = rows.setdefault(key, Row(m, record.dataset, record.split, record.seed, record.digest))
+        digest = record.training or record.digest
+        key = (*key, record.seed, digest)
+        row = rows.setdefault(key, Row(m, record.dataset, record.split, record.seed, digest))
         if m.decoder and not row.model.decoder:  # records of the classifier alone may not name the decoder
             rows[key] = row = replace(row, model=m)
         row.cells[column] = record
@@ -147,10 +150,16 @@ def radius_text(eps: float) -> str:
     return f"{eps:.4g}"
 
 
+def strength_of(threat: Threat) -> tuple[int, int]:
+    """Sorts attacks of one norm and radius from weak to strong, as far as their names tell."""
+    return _KINDS.index(threat.attack) if threat.attack in _KINDS else 0, threat.steps * threat.restarts
+
+
 def threat_text(threat: Threat) -> str:
     """Such as `PGD-50 × 5 restarts, ℓ₂ ε = 1.5`."""
     restarts = f" × {threat.restarts} restarts" if threat.restarts > 1 else ""
-    return f"{threat.attack.upper()}-{threat.steps}{restarts}, {NORMS[threat.norm]} ε = {radius_text(threat.eps)}"
+    name = "AutoAttack" if threat.attack == "autoattack" else f"{threat.attack.upper()}-{threat.steps}{restarts}"
+    return f"{name}, {NORMS[threat.norm]} ε = {radius_text(threat.eps)}"
 
 
 def number_text(value: float, unit: str) -> str:

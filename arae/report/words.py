@@ -73,6 +73,7 @@ def summary(records: Iterable[Record]) -> list[str]:
             low_high = [number_text(end, record.unit) for end in record.interval or ()]
             small = [" … ".join(low_high), f"n = {record.n:,}" if record.n and record.value is not None else ""]
             lines.append("; ".join([f"  {name}{how}{under}: {value}", *filter(None, small)]))
+        lines += [f"  note: {flag}" for flag in dict.fromkeys(flag for r in row.cells.values() for flag in r.flags)]
     return lines
 
 

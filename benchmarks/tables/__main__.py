@@ -1,5 +1,7 @@
 """`python -m benchmarks.tables`: make `docs/tables.md` anew from the definitions and the records that come with arae.
 
+Each table's cost is counted anew first, into `counted.json`; that takes a minute.
+
 `python -m benchmarks.tables run TABLE SCALE RUN [--device D] [key=value …]` trains and measures one run: what
 `arae reproduce` starts side by side.
 """
@@ -12,8 +14,9 @@ import sys
 from arae.errors import AraeError
 from arae.files import write_text
 from arae.launch import Where
-from benchmarks.tables.definition import SCALES, find, trips
+from benchmarks.tables.definition import SCALES, definitions, find, trips
 from benchmarks.tables.jobs import end_with_parent
+from benchmarks.tables.planned import recount
 from benchmarks.tables.run import run_trip
 from benchmarks.tables.show import PAGE, page
 
@@ -30,6 +33,7 @@ def main() -> None:
     given = parser.parse_args()
     try:
         if given.verb != "run":
+            recount(definitions())
             write_text(PAGE, page())
             return
         end_with_parent()

@@ -36,7 +36,7 @@ class Plan:
     def command(self, trip: Trip) -> list[str]:
         """The command line of one run's process."""
         device = ["--device", self.where.device] if self.where.device else []
-        words = [self.table, self.scale, trip.key, *device, *self.overrides]
+        words = [self.table, self.scale, trip.key, *self.overrides, *device]
         return [sys.executable, "-m", "benchmarks.tables", "run", *words]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from arae.errors import InputError
 from arae.records import Record
 from benchmarks.tables.definition import SCALES, Column, Definition, ScaleName, definitions, trips
-from benchmarks.tables.planned import SPEEDS, cost
+from benchmarks.tables.planned import SPEEDS, planned
 from benchmarks.tables.run import RESULTS, ROOT, committed
 from benchmarks.tables.verdict import RULES, UNITS, Cell, Judged, judge
 
@@ -39,12 +39,12 @@ def state(definition: Definition, scale: ScaleName, results: Path = RESULTS) -> 
         return f"can't be run yet: {error}"
 
 
-def planned(definition: Definition, scale: ScaleName) -> str:
+def cost(definition: Definition, scale: ScaleName) -> str:
     """One line: what it will cost."""
     if getattr(definition, scale) is None:
         return "-"
     try:
-        return cost(definition, scale).text
+        return planned(definition, scale).text(scale)
     except InputError as error:
         return f"can't be counted yet: {error}"
 
@@ -57,7 +57,7 @@ def listing(results: Path = RESULTS) -> Iterator[str]:
             yield f"  {state(definition, 'full', results)}"
         for scale in SCALES:
             if getattr(definition, scale):
-                yield f"  {scale:<5}  {planned(definition, scale):<16}  {state(definition, scale, results)}"
+                yield f"  {scale:<5}  {cost(definition, scale):<16}  {state(definition, scale, results)}"
     yield SPEEDS
 
 
@@ -104,7 +104,7 @@ def page(results: Path = RESULTS) -> str:
     every = definitions()
     head = ["| Table | Full scale | planned | Small scale | planned |", "|---|---|---|---|---|"]
     for d in every:
-        cells = [text for scale in SCALES for text in (state(d, scale, results), planned(d, scale))]
+        cells = [text for scale in SCALES for text in (state(d, scale, results), cost(d, scale))]
         cells[2] = "-" if d.needs else cells[2]
         head.append(f"| [{d.id}](#{d.id.lower()}): {d.title} | {' | '.join(cells)} |")
     parts = [HEAD + "\n".join(head) + f"\n\n{SPEEDS}.\n\n## Rules\n\n{RULES}\n"]
@@ -139,9 +139,10 @@ def _judged(definition: Definition, scale: ScaleName, results: Path) -> Judged |
 
 def _paper(d: Definition) -> list[str]:
     """The paper's figures alone."""
-    out = [f"| the paper | {' | '.join(c.label for c in d.columns.values())} |", "|---" * (len(d.columns) + 1) + "|"]
+    columns = {key: c.label for key, c in d.columns.items() if any(key in row.paper for row in d.rows.values())}
+    out = [f"| the paper | {' | '.join(columns.values())} |", "|---" * (len(columns) + 1) + "|"]
     for row in d.rows.values():
-        figures = [row.paper.get(key) for key in d.columns]
+        figures = [row.paper.get(key) for key in columns]
         texts = [f"{f[0]:g} ± {f[1]:g}" if isinstance(f, tuple) else "" if f is None else f"{f:g}" for f in figures]
         out.append(f"| {row.label} | {' | '.join(texts)} |")
     return out

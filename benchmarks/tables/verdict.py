@@ -10,7 +10,7 @@ from typing import Literal
 
 from arae.records import Record, Threat
 from benchmarks.tables.definition import PARAMETERS, Claim, Column, Definition, Row, Scale, ScaleName, Trip
-from benchmarks.tables.planned import decoder_parameters
+from benchmarks.tables.planned import planned
 
 RULES = """\
 - **Ours** is the mean over the held-out images with its 95 % interval (Wilson's for accuracies). The interval is that
@@ -20,10 +20,10 @@ RULES = """\
   is cautious for the same ones) lies on the paper's side of zero, is *contradicted* where it lies on the other side, is
   *undecided* where it holds zero, and is *not measured* where a cell has no value.
 - A **cell** *agrees* with the paper where the paper's mean lies within our interval widened on both sides by the
-  column's tolerance: 1 dB of PSNR, 0.05 of SSIM or LPIPS, 3 points of accuracy, 10 % of a parameter count. The paper
+  metric's tolerance: 1 dB of PSNR, 0.05 of SSIM or LPIPS, 3 points of accuracy, 10 % of a parameter count. The paper
   prints no interval of its means; the ± beside them are deviations over images.
 - The table's **verdict** is the first of these that applies:
-  1. *not run*: no ordering is measured;
+  1. *not run*: no ordering is measured (parameters are counted, so they say nothing of a run);
   2. *not reproduced*: an ordering is contradicted, or none is decided;
   3. *reproduced*: full scale, every ordering is measured and holds, every cell that the paper prints is measured and
      agrees;
@@ -99,7 +99,8 @@ class Judged:
     def verdict(self) -> Verdict:
         """By `RULES`."""
         outcomes = [each.outcome for each in self.orderings]
-        if all(outcome == "not measured" for outcome in outcomes):
+        run = [each for each in self.orderings if self.definition.columns[each.column].metric != PARAMETERS]
+        if all(each.outcome == "not measured" for each in run):
             return "not run"
         if "contradicted" in outcomes or "holds" not in outcomes:
             return "not reproduced"
@@ -170,7 +171,7 @@ def _counted(definition: Definition, scale: ScaleName, row: Row, key: str, trip:
     """Parameters of the run's decoder, in millions."""
     if trip is None:
         return _cell(row, key, definition.columns[key], None, None, "not run")
-    count = decoder_parameters(definition, scale, trip.recipe) / 1e6
+    count = planned(definition, scale).parameters[trip.key] / 1e6
     return _cell(row, key, definition.columns[key], count, (count, count), "")
 
 

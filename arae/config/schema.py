@@ -257,6 +257,8 @@ class Losses(Part):
 
     @model_validator(mode="after")
     def _some_loss(self) -> Self:
+        if self.preset and (self.pixel, self.feature, self.adversarial, self.discriminator) != (1, 0, 0, 1):
+            raise ValueError(f"preset = {self.preset} sets the weights itself: leave them out, or set preset to null")
         if not (self.pixel or self.feature or self.adversarial):
             raise ValueError("every loss has weight 0: give pixel, feature or adversarial a weight")
         return self

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from arae.errors import InputError
 from arae.models.blocks import Decoder
-from arae.models.decoder import DECODERS, create_decoder
+from arae.models.decoder import create_decoder
 from arae.models.discriminator import Discriminator, create_discriminator
 from arae.models.encoder import ENCODERS, create_encoder
+from arae.models.generators import LAYOUTS
 from arae.models.taps import Encoder, own_names
 from arae.models.weights import load_exactly
 
@@ -172,8 +173,10 @@ def read_generator(content: Mapping[str, Any], where: object, name: str | None) 
     generator = _without_filters(generator, "unpool", where)
     wavelet = "conv7_1" in _groups(generator)
     order = _wavelet_order() if wavelet else sorted(_groups(generator), key=_place)
-    known = ["alexnet-wavelet"] if wavelet else [each for each in DECODERS if each.startswith("alexnet-conv")]
-    decoder, weights = _best([name] if name else known, generator, order)
+    known = ["alexnet-wavelet"] if wavelet else [each for each in LAYOUTS if each.startswith("alexnet-")]
+    first = generator.get(f"{order[0]}.weight_orig") if order else None
+    fitting = [] if first is None else [n for n in known if n in LAYOUTS and LAYOUTS[n].features[0] == first.shape[1]]
+    decoder, weights = _best([name] if name else fitting or known, generator, order)
     load_exactly(decoder, weights, str(where))
     encoder_part = _without_filters(parts["classifier."], "pool", where)
     if wavelet:

@@ -71,11 +71,12 @@ def lines(judged: Judged) -> Iterator[str]:
     for key, cell in judged.cells.items():
         row, column = (f"{name:<{width}}" for name, width in zip(_names(judged, key), widths, strict=True))
         remark = "" if judged.scale == "small" or cell.agrees is None else "agrees" if cell.agrees else "differs"
-        said = f"paper {paper_text(cell):<16}  {judged.scale} {ours_text(cell, d.columns[key[1]])}"
+        said = f"paper {paper_text(cell):<16}  {judged.scale} {_short(cell, d.columns[key[1]])}"
         yield f"{row}  {column}  {said}  {remark}".rstrip()
     for each in judged.orderings:
         worse, better = d.rows[each.worse].label, d.rows[each.better].label
         yield f"{judged.scale}: {d.columns[each.column].label}: {better} better than {worse}: {each.outcome}"
+    yield from (f"{judged.scale}: not available: {reason}" for reason in _reasons(judged))
     yield f"{d.id} ({judged.scale} scale): {judged.said}"
 
 
@@ -159,9 +160,14 @@ def _table(judged: Judged) -> list[str]:
         found = [(judged.cells.get((row_key, key)), column) for key, column in d.columns.items()]
         texts = [f"{paper_text(cell)} → {_short(cell, column)}" if cell else "" for cell, column in found]
         out.append(f"| {row.label} | {' | '.join(texts)} |")
-    reasons = dict.fromkeys(cell.reason for cell in judged.cells.values() if cell.reason not in ("", "not run"))
+    reasons = _reasons(judged)
     out += [""] + [f"Not available: {reason}." for reason in reasons] if reasons else []
     return [*out, "", f"{_measured_on(judged)}."]
+
+
+def _reasons(judged: Judged) -> list[str]:
+    """Why cells have no value, each reason once."""
+    return list(dict.fromkeys(cell.reason for cell in judged.cells.values() if cell.reason not in ("", "not run")))
 
 
 def _short(cell: Cell, column: Column) -> str:

@@ -5,33 +5,11 @@ device, address, run folder) is not part of it. YAML files and bare dotted overr
 one grammar.
 """
 
+from arae.config.base import Count, Fraction01, Norm, Part, Positive, Radius, check_radius, parse_radius
 from arae.config.document import digest_of, flatten, keys, models_in
 from arae.config.load import difference, dump_recipe, load_options, load_recipe, shipped_recipes
-from arae.config.schema import (
-    Attack,
-    Comparator,
-    Count,
-    Data,
-    Decoder,
-    Encoder,
-    Evaluate,
-    Fraction01,
-    Inversion,
-    Losses,
-    Map,
-    Norm,
-    Objective,
-    Part,
-    Positive,
-    Preset,
-    Radius,
-    Recipe,
-    Schedule,
-    Stage,
-    State,
-    check_radius,
-    parse_radius,
-)
+from arae.config.schema import Data, Evaluate, Inversion, Map, Recipe, State
+from arae.config.stages import Attack, Comparator, Decoder, Encoder, Losses, Objective, Preset, Schedule, Stage
 
 __all__ = [
     "Attack",

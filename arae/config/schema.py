@@ -1,106 +1,16 @@
-"""The recipe's parts: typed, frozen, unknown keys forbidden; a docstring under every field."""
+"""The recipe and its parts: typed, frozen, unknown keys forbidden; a docstring under every field."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from fractions import Fraction
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from arae.config.base import Count, Part, Positive, Radius, check_radius
 from arae.config.document import checked, digest_of, set_key
-
-Norm = Literal["l2", "linf"]
-
-
-def parse_radius(value: object) -> float:
-    """A radius in units of images in [0, 1]: a number, or a fraction as text (`"8/255"`).
-
-    Raises ValueError for anything negative, not finite, or with a unit of its own.
-    """
-    mend = 'write a number of images in [0, 1], such as 0.5, or a fraction, such as "8/255"'
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"a radius can't be {value!r}: {mend}")
-    try:
-        radius = float(Fraction(value.strip())) if isinstance(value, str) else float(value)
-    except (ValueError, ZeroDivisionError):
-        raise ValueError(f"a radius can't be {value!r}: {mend}") from None
-    except OverflowError:
-        radius = math.inf
-    if not math.isfinite(radius):
-        raise ValueError(f"a radius must be finite, not {value!r}: {mend}")
-    if radius < 0:
-        raise ValueError(f"a radius must not be negative, as {value!r} is")
-    return radius
-
-
-Radius = Annotated[float, BeforeValidator(parse_radius)]
-Positive = Annotated[float, Field(gt=0)]
-Fraction01 = Annotated[float, Field(ge=0, lt=1)]
-Count = Annotated[int, Field(ge=1)]
-
-
-def check_radius(norm: Norm | None, eps: float, what: str = "eps", at: str = "") -> None:
-    """Raise ValueError for a radius without a norm, or an l-inf radius wider than the whole range [0, 1]."""
-    if eps > 0 and norm is None:
-        raise ValueError(
-            f"{what} = {eps:g} has no norm: add `norm: l2` or `norm: linf` {f'to {at}' if at else 'beside it'}"
-        )
-    if norm == "linf" and eps > 1:
-        raise ValueError(
-            f"{what} = {eps:g} in l-inf is wider than images in [0, 1]; for 8-bit levels write it as {eps:g}/255"
-        )
-
-
-class Part(BaseModel):
-    """Base of every part: frozen, unknown keys forbidden."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-    later: ClassVar[frozenset[str]] = frozenset()
-    """Keys that were added after runs had been made: at their default they stay out of digests, which so stay valid."""
-
-    def digested(self) -> dict[str, Any]:
-        """The part as a JSON document for a digest."""
-        document = self.model_dump(mode="json")
-        for name, field in type(self).model_fields.items():
-            value = getattr(self, name)
-            if name in self.later and value == field.get_default(call_default_factory=True):
-                del document[name]
-            elif isinstance(value, Part):
-                document[name] = value.digested()
-            elif isinstance(value, tuple):
-                pairs = zip(value, document[name], strict=True)
-                document[name] = [one.digested() if isinstance(one, Part) else plain for one, plain in pairs]
-        return document
-
-
-class Attack(Part):
-    """An attack in a threat model; for training, PGD (Madry et al. 2018, Eq. 2 of the ARAE paper)."""
-
-    later = frozenset({"kind"})
-
-    kind: Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack"] = "pgd"
-    """`apgd-ce`, `apgd-dlr`, `apgd-t` (targeted DLR): Croce & Hein 2020, which choose their own step size; `autoattack`:
-    their standard suite, which chooses its own steps and restarts too. For evaluation only."""
-    norm: Norm | None = None
-    """Norm of the perturbation; required where eps > 0."""
-    eps: Radius = 0.0
-    """Radius of the ball, for images in [0, 1]; 0 is the clean image."""
-    steps: Count = 7
-    """Gradient steps."""
-    step_size: Radius | None = None
-    """Length of a step, in the norm; default 2.5 · eps / steps."""
-    random_start: bool = False
-    """Start at a random point of the ball (the field's reference library starts at the image)."""
-    restarts: Count = 1
-    """Runs per sample, of which the worst is kept; every run after the first starts at a random point."""
-
-    @model_validator(mode="after")
-    def _radius_has_a_norm(self) -> Self:
-        check_radius(self.norm, self.eps)
-        return self
+from arae.config.stages import Attack, Decoder, Encoder
 
 
 class Data(Part):
@@ -128,174 +38,6 @@ class Data(Part):
     """Reach of `shift` in pixels."""
 
 
-class Schedule(Part):
-    """The learning rate over a stage, as a factor on `lr`."""
-
-    kind: Literal["constant", "step", "cosine", "linear"] = "constant"
-    """`step` multiplies by gamma every `every` of the stage; `cosine` and `linear` fall to zero at its end."""
-    warmup: Fraction01 = 0.0
-    """Share of the stage over which the rate rises linearly from zero."""
-    every: Annotated[float, Field(gt=0, le=1)] = 1 / 3
-    """For `step`: share of the stage between drops (the paper: 30 of 90 epochs)."""
-    gamma: Positive = 0.1
-    """For `step`: factor of each drop."""
-
-
-class Stage(Part):
-    """What every training stage has: length, batches, rate."""
-
-    epochs: Annotated[float, Field(ge=0)] | None = None
-    """Passes over the training images."""
-    steps: Annotated[int, Field(ge=0)] | None = None
-    """Optimiser steps, in place of epochs."""
-    batch: Count = 128
-    """Images in one optimiser step over all workers."""
-    micro_batch: Count | None = None
-    """Images that batch norm sees at once, and the grain in which workers share a batch; default: the batch."""
-    lr: Positive
-    """Learning rate at the schedule's factor 1."""
-    schedule: Schedule = Schedule()
-
-    @model_validator(mode="after")
-    def _lengths(self) -> Self:
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give one of `epochs` and `steps`")
-        if self.micro_batch and self.batch % self.micro_batch:
-            raise ValueError(f"batch = {self.batch} is not a multiple of micro_batch = {self.micro_batch}")
-        return self
-
-    @property
-    def micro(self) -> int:
-        """Images in a micro-batch."""
-        return self.micro_batch or self.batch
-
-    def total_steps(self, n: int) -> int:
-        """Optimiser steps of the stage for `n` training images."""
-        if self.steps is not None:
-            return self.steps
-        return math.ceil((self.epochs or 0) * n / self.batch)
-
-
-class Objective(Part):
-    """What the encoder's training minimises over the attacked images."""
-
-    kind: Literal["at", "trades", "mart", "gairat"] = "at"
-    """`at`: cross-entropy of the attacked images (Madry et al. 2018); TRADES (Zhang et al. 2019), MART (Wang et al.
-    2020), GAIRAT (Zhang et al. 2021)."""
-    beta: Positive | None = None
-    """Weight of the robust term of TRADES (default 6) and MART (default 5)."""
-    burn_in: Fraction01 = 0.5
-    """GAIRAT: share of the stage before the samples are weighted."""
-    shift: float = -1.0
-    """GAIRAT: lambda of its weights, (1 + tanh(lambda + 5 (1 - 2 k / K))) / 2 for a sample that falls at step k of K."""
-
-
-class Encoder(Stage):
-    """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
-
-    later = frozenset({"width", "objective"})
-
-    name: str
-    """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
-    layer: str | None = None
-    """The tap: which layer's output is the feature; default: the network's own."""
-    width: Positive = 1.0
-    """Factor on the network's channels, for the networks of arae's own (not `torchvision/…`)."""
-    weights: str | None = None
-    """Start from these weights: a `.safetensors` file or a run folder; with `steps: 0` they are used as they are."""
-    attack: Attack = Attack()
-    """What the training images are attacked with; eps 0 is standard training."""
-    objective: Objective = Objective()
-    lr: Positive = 0.1
-    momentum: Fraction01 = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 1e-4
-    label_smoothing: Fraction01 = 0.0
-    ema: Fraction01 = 0.0
-    """Decay of the moving average of the weights that is exported; 0 exports the weights themselves."""
-
-    @model_validator(mode="after")
-    def _trained_by_pgd(self) -> Self:
-        if self.attack.kind != "pgd":
-            raise ValueError(f"attack.kind = {self.attack.kind} is for evaluation; training attacks by pgd")
-        if self.objective.kind != "at" and self.label_smoothing:
-            raise ValueError(f"label_smoothing is for objective.kind = at, not {self.objective.kind}: set it to 0")
-        return self
-
-
-Preset = Literal[
-    "inversion-pixel",
-    "inversion-pixel-feature",
-    "inversion",
-    "anomaly-standard",
-    "anomaly-robust",
-    "style-standard",
-    "style-robust",
-    "denoising",
-]
-
-
-class Losses(Part):
-    """Weights of the decoder's losses (Eqs. 3 to 7), each **mean**-reduced; 0 leaves a term out.
-
-    The paper's weights are for sums over a batch of 128: `arae.train.losses.from_paper` converts them.
-    """
-
-    later = frozenset({"preset"})
-
-    preset: Preset | None = None
-    """One of the paper's weight sets (Sec. A4 of its appendix), converted to means at the images' and features' sizes;
-    it takes the place of `pixel`, `feature`, `adversarial` and `discriminator`."""
-    pixel: Annotated[float, Field(ge=0)] = 1.0
-    """Eq. 4: mean absolute (or squared) difference of the images."""
-    pixel_norm: Literal["l1", "l2"] = "l1"
-    feature: Annotated[float, Field(ge=0)] = 0.0
-    """Eq. 5: mean squared difference of the features."""
-    adversarial: Annotated[float, Field(ge=0)] = 0.0
-    """Eq. 6: -log D(reconstruction)."""
-    discriminator: Positive = 1.0
-    """Eq. 7, the discriminator's own loss; Adam makes its scale nearly irrelevant."""
-
-    @model_validator(mode="after")
-    def _some_loss(self) -> Self:
-        if self.preset and (self.pixel, self.feature, self.adversarial, self.discriminator) != (1, 0, 0, 1):
-            raise ValueError(f"preset = {self.preset} sets the weights itself: leave them out, or set preset to null")
-        if not (self.pixel or self.feature or self.adversarial):
-            raise ValueError("every loss has weight 0: give pixel, feature or adversarial a weight")
-        return self
-
-
-class Comparator(Part):
-    """A network beside the encoder whose features the feature loss and the discriminator compare."""
-
-    name: str
-    """A network of `arae ls encoders`, or `torchvision/NAME`."""
-    weights: str
-    """Its weights: a `.safetensors` or `.pt` file with a state dict, a run folder or a model folder."""
-    layer: str | None = None
-    """The tap; default: the network's own."""
-
-
-class Decoder(Stage):
-    """The generator that inverts the features, and its training (Adam; Sec. A4.1 of the paper's appendix)."""
-
-    later = frozenset({"normalisation", "comparator"})
-
-    name: str = "mirror"
-    """A network of `arae ls decoders`; `mirror` derives one from the feature and image shapes."""
-    losses: Losses = Losses()
-    normalisation: Literal["encoder", "signed"] = "encoder"
-    """What the images are normalised by before they are encoded for the decoder: the `encoder`'s own mean and deviation,
-    or 2x - 1 (`signed`), as the authors' code does; the feature loss keeps the encoder's own."""
-    comparator: Comparator | None = None
-    """Default: the encoder itself."""
-    lr: Positive = 3e-4
-    discriminator_lr: Positive = 12e-4
-    betas: tuple[Fraction01, Fraction01] = (0.0, 0.9)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    ema: Fraction01 = 0.0
-    """Decay of the moving average of the weights that is exported; 0 exports the weights themselves."""
-
-
 class Inversion(Part):
     """Images found by descent on the distance of their features (RI; Engstrom et al. 2019), with no decoder."""
 
@@ -314,8 +56,8 @@ class Evaluate(Part):
 
     protocol: Literal["map", "reconstruction", "robustness", "upscale", "high-resolution", "inversion"] = "map"
     """`map`: robustness and reconstruction. `reconstruction` or `robustness`: that alone. `upscale`: reconstructions of
-    the images enlarged by `factors`. `high-resolution`: of the files in `images`, at their own size. `inversion`: images
-    optimised to have the features, in place of the decoder."""
+    the images enlarged by `factors`. `high-resolution`: of the files in `images`, at their own size. `inversion`:
+    images optimised to have the features, in place of the decoder."""
     n: Count | None = None
     """Images, evenly over the held-out file; default: all."""
     batch: Count = 256
@@ -326,8 +68,8 @@ class Evaluate(Part):
     images: str | None = None
     """For `high-resolution`: a folder of image files of any size."""
     tile: Annotated[int, Field(ge=32)] | None = None
-    """For `high-resolution`: largest side in pixels that goes through the networks at once; default: the whole image, or
-    what memory allows."""
+    """For `high-resolution`: largest side in pixels that goes through the networks at once; default: the whole image,
+    or what memory allows."""
     inversion: Inversion = Inversion()
     """For `inversion`: how the images are optimised."""
     lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"

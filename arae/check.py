@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from arae.config import Losses, Recipe, Stage
+from arae.data.images import list_folder
 from arae.data.load import Described, describe, same_kind
 from arae.errors import InputError
 from arae.models import create_encoder
@@ -56,6 +58,8 @@ def check(recipe: Recipe, device: torch.device) -> Iterator[str]:
             yield f"comparator: {part.comparator.name}, features {networks.compared} at {layer}"
         if part.losses.preset is not None:
             yield f"losses: {part.losses.preset}, {weighted(networks.weights)}"
+    if recipe.evaluate.protocol == "high-resolution" and recipe.evaluate.images is not None:
+        yield f"evaluate.images: {len(list_folder(Path(recipe.evaluate.images), 'all', ()).paths)} image files"
     yield f"precision: {recipe.precision}, here {resolve_precision(recipe.precision, device)} on {device.type}"
 
 

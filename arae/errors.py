@@ -1,4 +1,4 @@
-"""The two ways a command ends early on purpose; each knows its exit code."""
+"""The ways a command ends early on purpose; each knows its exit code."""
 
 
 class AraeError(Exception):
@@ -21,3 +21,7 @@ class Stopped(AraeError):  # noqa: N818 -- it is a state, not a fault
 
 class DiskFull(Stopped):
     """One worker's disk is full and a good state is kept; the other workers do not know."""
+
+
+class NotFinite(AraeError, ValueError):  # noqa: N818 -- it says what the images are
+    """Images hold NaN or infinity: a measure of them would be no number, and neither would any mean over it."""

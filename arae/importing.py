@@ -66,6 +66,22 @@ class ImportOptions(Part):
     """Its radius, for images in [0, 1]."""
 
 
+def _of_folder(options: ImportOptions) -> ImportOptions:
+    """The options, completed by what the encoder's model folder says of its training."""
+    folder = Path(options.encoder) if options.encoder else None
+    if folder is None or not folder.is_dir():
+        return options
+    config = read_config(folder / "model" if (folder / "model").is_dir() else folder)
+    if not config or "encoder" not in config:
+        return options
+    said: dict[str, Any] = {}
+    if not options.eps and config["train_eps"]:
+        said |= {"norm": config["train_norm"], "eps": config["train_eps"]}
+    if options.classes is None:
+        said["classes"] = tuple(config["classes"])
+    return options.model_copy(update=said)
+
+
 def import_model(source: Path, dest: Path, options: ImportOptions) -> list[str]:
     """Write the model folder `dest` from a checkpoint; returns what was found, a line each.
 
@@ -77,6 +93,7 @@ def import_model(source: Path, dest: Path, options: ImportOptions) -> list[str]:
         raise InputError(f"{dest}: is there already and not empty; import into another folder, or delete it")
     if options.eps and options.norm is None:
         raise InputError(f"eps={options.eps:g} has no norm: add norm=l2 or norm=linf")
+    options = _of_folder(options)
     content = read_checkpoint(source)
     generator = read_generator(content, source, options.decoder) if is_generator(content) else None
     if generator is None:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arae.errors import AraeError, InputError
+from arae.errors import AraeError, InputError, NotFinite
 from arae.models.weights import read_weights
 
 SSIM_WINDOW = 11  # px
@@ -64,10 +64,6 @@ METRICS: dict[str, Metric] = {
 
 class MetricUnavailable(AraeError):  # noqa: N818 -- a state of the world, not a fault; its text becomes a record's reason
     """The metric can't be measured here; the message says why and how to mend it."""
-
-
-class NotFinite(AraeError, ValueError):  # noqa: N818 -- it says what the images are
-    """Images hold NaN or infinity: a measure of them would be no number, and neither would any mean over it."""
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

@@ -130,6 +130,7 @@ REFUSALS = [
     ("encoder.objective.beta=0", ["encoder.objective.beta", "greater than 0"]),
     ("encoder.width=0", ["encoder.width", "greater than 0"]),
     ("decoder.losses.preset=inverted", ["decoder.losses.preset", "inverted", "inversion"]),
+    ("decoder.losses.preset=inversion", ["decoder.losses", "inversion sets the weights itself", "null"]),
     ("decoder.comparator={name: alexnet}", ["decoder.comparator.weights", "missing"]),
     ("evaluate.protocol=high-resolution", ["protocol = high-resolution", "images"]),
     ("evaluate.factors=[]", ["factors is empty"]),
@@ -352,8 +353,12 @@ INNER |= {"decoder.comparator", "evaluate.inversion"}
 EXEMPT = {"name", "base", "encoder.steps", "decoder.steps", "encoder.attack.kind"}
 
 
-def changed(key: str) -> Recipe:
-    return Recipe.model_validate(WHOLE).replace({key: OTHER[key]})
+def before_and_after(key: str) -> tuple[Recipe, Recipe]:
+    """The whole recipe without and with the key's other value."""
+    before = Recipe.model_validate(WHOLE)
+    if key == "decoder.losses.preset":  # it stands beside no other weights
+        before = before.replace({"decoder.losses": {}})
+    return before, before.replace({key: OTHER[key]})
 
 
 def test_every_key_has_another_value() -> None:
@@ -379,12 +384,13 @@ def test_the_switch_of_old_run_folders_is_read_as_a_protocol(old: bool, protocol
 
 @pytest.mark.parametrize("key", OTHER)
 def test_every_key_changes_the_digest(key: str) -> None:
-    assert changed(key).digest != Recipe.model_validate(WHOLE).digest
+    before, after = before_and_after(key)
+    assert before.digest != after.digest
 
 
 @pytest.mark.parametrize("key", OTHER)
 def test_a_stage_digest_depends_on_its_stage_only(key: str) -> None:
-    before, after = Recipe.model_validate(WHOLE), changed(key)
+    before, after = before_and_after(key)
     # the images' fingerprint and the precision as it was are kept beside each state
     irrelevant = key in ("data.source", "data.train", "data.test", "data.loader", "precision") or key.split(".")[0] in (
         "evaluate",

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from arae.attacks.gradient import Model, ascent, check_images, evaluation_mode
+from arae.attacks.gradient import Model, ascent, check_images, evaluation_mode, refuse_void
 from arae.attacks.threat import Threat, per_sample
 
 Loss = Literal["ce", "dlr", "dlr-targeted"]
@@ -58,7 +58,8 @@ def apgd(
         return x
     climb = _Climb(model, threat, steps, CRITERIA[loss])
     with evaluation_mode(model), torch.no_grad():
-        return _worst(climb, x.detach(), y, restarts, targets if loss == "dlr-targeted" else 1, generator)
+        found = _worst(climb, x.detach(), y, restarts, targets if loss == "dlr-targeted" else 1, generator)
+    return refuse_void(found)
 
 
 def _worst(

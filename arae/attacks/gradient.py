@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from arae.attacks.threat import Threat
 from arae.config import Attack
+from arae.errors import NotFinite
 from arae.modes import evaluating
 
 Model = Callable[[Tensor], Tensor]
@@ -53,7 +54,8 @@ def pgd(
     if steps < 1 or restarts < 1 or not step >= 0:
         raise ValueError(f"PGD needs steps >= 1, restarts >= 1, step_size >= 0, not {steps}, {restarts}, {step}")
     search = _Search(model, threat, steps, step)
-    return search.run(x, y, restarts, generator, random_start=random_start, survivors_only=survivors_only)
+    found = search.run(x, y, restarts, generator, random_start=random_start, survivors_only=survivors_only)
+    return refuse_void(found)
 
 
 def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
@@ -155,6 +157,20 @@ class _Search:
 def evaluation_mode(model: Model) -> AbstractContextManager[None]:
     """`evaluating`, for a model that may be a plain function."""
     return evaluating(model) if isinstance(model, nn.Module) else nullcontext()
+
+
+def refuse_void(images: Tensor) -> Tensor:
+    """The images [N, ...] that an attack found; NotFinite (a ValueError) where the model's gradients made NaN of some.
+
+    A classifier calls NaN some class, so such an image would count as a success.
+    """
+    bad = int((~images.isfinite()).flatten(1).any(1).sum())
+    if bad:
+        raise NotFinite(
+            f"the attack met gradients that are not finite on {bad} of {len(images)} images, and is void there: look "
+            "for square roots and divisions at zero in the model"
+        )
+    return images
 
 
 def check_images(x: Tensor, y: Tensor) -> None:

@@ -98,6 +98,9 @@ def _of_gradients(model: Model, x: Tensor, y: Tensor) -> tuple[list[str], bool]:
         return [NO_GRADIENT], False
     flat, level = zeros
     n, remarks = len(x), []
+    void = torch.stack([(~each.isfinite()).flatten(1).any(1) for each in gradients if each is not None]).any(0)
+    if void.any():
+        remarks.append(f"the gradients of {int(void.sum())} of {n} images are not finite: attacks there are void")
     if level.any():
         remarks.append(
             f"masked gradients: the logits of {int(level.sum())} of {n} images do not change with the image "
@@ -108,7 +111,7 @@ def _of_gradients(model: Model, x: Tensor, y: Tensor) -> tuple[list[str], bool]:
             f"the cross-entropy's gradient is exactly 0 in {int((flat & ~level).sum())} of {n} images, for the logits "
             f"are too far apart for the softmax: trust the DLR attacks"
         )
-    return remarks, True
+    return remarks, not bool(void.any())
 
 
 def _of_attacks(model: Model, x: Tensor, y: Tensor, threat: Threat) -> list[str]:

@@ -41,11 +41,13 @@ class Outcome:
     robust: Tensor
     """bool [N]: classified correctly under every attack."""
     adversarial: Tensor
-    """[N, C, H, W] float32 in [0, 1]: of a broken sample the image that broke it, of all others the image itself."""
+    """[N, C, H, W] float32 in [0, 1], on the CPU: of a broken sample the image that broke it, else the image itself."""
     broken_by: dict[str, int]
     """Attack -> samples it broke, of those that the attacks before it left."""
     flags: tuple[str, ...]
     """Remarks of `arae.attacks.sanity`, one line each; empty where nothing is suspicious."""
+    kept: Path | None = None
+    """The job's folder under `state`: of no more use once the outcome is safe elsewhere."""
 
 
 def _silent(attack: str, done: int, total: int) -> None:
@@ -128,7 +130,7 @@ class _Suite:
                     progress(name, i + 1, len(batches))
         del broken_by["clean"]
         flags += square_remark(broken_by, len(self.x))
-        return Outcome(standing.to(self.x.device), adversarial.to(self.x.device), broken_by, tuple(flags))
+        return Outcome(standing.to(self.x.device), adversarial, broken_by, tuple(flags), ledger.folder)
 
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of these rows, on the model's device."""

@@ -5,7 +5,7 @@ device, address, run folder) is not part of it. YAML files and bare dotted overr
 one grammar.
 """
 
-from arae.config.base import Count, Fraction01, Norm, Part, Positive, Radius, check_radius, parse_radius
+from arae.config.base import Augment, Count, Fraction01, Norm, Part, Positive, Radius, check_radius, parse_radius
 from arae.config.document import digest_of, flatten, keys, models_in
 from arae.config.load import difference, dump_recipe, load_options, load_recipe, shipped_recipes
 from arae.config.schema import Data, Evaluate, Inversion, Map, Recipe, State
@@ -13,6 +13,7 @@ from arae.config.stages import Attack, Comparator, Decoder, Encoder, Losses, Obj
 
 __all__ = [
     "Attack",
+    "Augment",
     "Comparator",
     "Count",
     "Data",

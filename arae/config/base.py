@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 Norm = Literal["l2", "linf"]
+Augment = Literal["flip", "shift", "crop"]
 
 
 def parse_radius(value: object) -> float:

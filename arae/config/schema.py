@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arae.config.base import Count, Part, Positive, Radius, check_radius
+from arae.config.base import Augment, Count, Part, Positive, Radius, check_radius
 from arae.config.document import checked, digest_of, set_key
 from arae.config.stages import Attack, Decoder, Encoder
 
@@ -32,7 +32,7 @@ class Data(Part):
     """`ffcv` streams the file; `resident` holds it on the device; `auto` takes resident where it is at most 2 GiB."""
     limit: Count | None = None
     """Use at most this many training images, evenly over the file."""
-    augment: tuple[Literal["flip", "shift", "crop"], ...] = ()
+    augment: tuple[Augment, ...] = ()
     """`flip`: mirror, p = 1/2. `shift`: by up to `pad` pixels, edges repeated. `crop`: random resized crop."""
     pad: Annotated[int, Field(ge=0)] = 4
     """Reach of `shift` in pixels."""
@@ -84,7 +84,18 @@ class Evaluate(Part):
         if not isinstance(document, Mapping) or "reconstruct" not in document:
             return document
         rest = {key: value for key, value in document.items() if key != "reconstruct"}
-        return rest if document["reconstruct"] else {"protocol": "robustness", **rest}
+        if document["reconstruct"] in (True, None):
+            return rest
+        if rest.get("protocol", "map") not in ("map", "robustness"):
+            raise ValueError(f"protocol = {rest['protocol']} reconstructs: leave reconstruct out")
+        return rest | {"protocol": "robustness"}
+
+    def digested(self) -> dict[str, Any]:
+        """See `Part`; `protocol` as 0.1 wrote it where 0.1 could: by `reconstruct`."""
+        document = super().digested() | {"reconstruct": self.protocol != "robustness"}
+        if self.protocol == "robustness":
+            del document["protocol"]
+        return document
 
     @model_validator(mode="after")
     def _attacks_have_norms(self) -> Self:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arae.config.base import Count, Fraction01, Norm, Part, Positive, Radius, check_radius
+from arae.config.base import Augment, Count, Fraction01, Norm, Part, Positive, Radius, check_radius
 
 
 class Attack(Part):
@@ -23,13 +24,25 @@ class Attack(Part):
     eps: Radius = 0.0
     """Radius of the ball, for images in [0, 1]; 0 is the clean image."""
     steps: Count = 7
-    """Gradient steps."""
+    """Gradient steps; default for the APGD family: 100."""
     step_size: Radius | None = None
     """Length of a step, in the norm; default 2.5 · eps / steps."""
     random_start: bool = False
     """Start at a random point of the ball (the field's reference library starts at the image)."""
     restarts: Count = 1
     """Runs per sample, of which the worst is kept; every run after the first starts at a random point."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _steps_of_apgd(cls, document: Any) -> Any:
+        """APGD's published 100 steps, in place of PGD's 7, where none are given."""
+        if (
+            isinstance(document, Mapping)
+            and str(document.get("kind", "")).startswith("apgd")
+            and "steps" not in document
+        ):
+            return {**document, "steps": 100}
+        return document
 
     @model_validator(mode="after")
     def _radius_has_a_norm(self) -> Self:
@@ -97,7 +110,7 @@ class Objective(Part):
     """Weight of the robust term of TRADES (default 6) and MART (default 5)."""
     burn_in: Fraction01 = 0.5
     """GAIRAT: share of the stage before the samples are weighted."""
-    shift: float = -1.0
+    shift: Annotated[float, Field(ge=-10, le=10)] = -1.0
     """GAIRAT: lambda of its weights, (1 + tanh(lambda + 5 (1 - 2 k / K))) / 2 where a sample falls at step k of K."""
 
 
@@ -113,7 +126,8 @@ class Encoder(Stage):
     width: Positive = 1.0
     """Factor on the network's channels, for the networks of arae's own (not `torchvision/…`)."""
     weights: str | None = None
-    """Start from these weights: a `.safetensors` file or a run folder; with `steps: 0` they are used as they are."""
+    """Start from these weights: a `.safetensors` file, a run folder or model folder, or `run:NAME`, the run of that
+    name; with `steps: 0` they are used as they are."""
     attack: Attack = Attack()
     """What the training images are attacked with; eps 0 is standard training."""
     objective: Objective = Objective()
@@ -189,7 +203,7 @@ class Comparator(Part):
 class Decoder(Stage):
     """The generator that inverts the features, and its training (Adam; Sec. A4.1 of the paper's appendix)."""
 
-    later = frozenset({"normalisation", "comparator"})
+    later = frozenset({"normalisation", "comparator", "augment"})
 
     name: str = "mirror"
     """A network of `arae ls decoders`; `mirror` derives one from the feature and image shapes."""
@@ -199,6 +213,8 @@ class Decoder(Stage):
     deviation, or 2x - 1 (`signed`), as the authors' code does; the feature loss keeps the encoder's own."""
     comparator: Comparator | None = None
     """Default: the encoder itself."""
+    augment: tuple[Augment, ...] | None = None
+    """As `data.augment`, for the decoder's training alone (the authors' code: none); default: `data.augment`."""
     lr: Positive = 3e-4
     discriminator_lr: Positive = 12e-4
     betas: tuple[Fraction01, Fraction01] = (0.0, 0.9)

@@ -54,7 +54,7 @@ def list_folder(root: Path, split: Literal["train", "test", "all"], held_out: Se
     added. A folder of images without class folders is one class. InputError where the split has no image.
     """
     if not root.is_dir():
-        raise InputError(f"{root}: no such folder; give a folder with one sub-folder of images a class")
+        raise InputError(f"{root}: no such folder; give a folder of images, or with one sub-folder of them a class")
     parts = _split_folders(root, held_out)
     files = _walk(root)
     named = [path for path in files if path.lower().endswith(SUFFIXES)]

@@ -67,11 +67,13 @@ def invert(
     return best
 
 
-def inverted(recipe: Recipe, model: Autoencoder, images: Tensor, progress: Progress, state: Path) -> list[Record]:
+def inverted(
+    recipe: Recipe, model: Autoencoder, images: Tensor, progress: Progress, state: Path, kept: list[Path]
+) -> list[Record]:
     """Quality of the images found for the features of `images`, uint8 [n, C, H, W], as protocol `inversion`.
 
-    Each finished batch is kept under `state`, and not computed again. InputError: a start from other images where there
-    is one alone.
+    Each finished batch is kept under `state`, in a folder that `kept` is told, and not computed again. InputError: a
+    start from other images where there is one alone.
     """
     settings = recipe.evaluate
     if settings.inversion.start == "other" and len(images) < 2:
@@ -80,22 +82,32 @@ def inverted(recipe: Recipe, model: Autoencoder, images: Tensor, progress: Progr
         )
     steps, size = settings.inversion.steps, settings.batch
     folder, quality = state / f"inversion-{_job(recipe, model, images)}", Quality(settings)
+    kept.append(folder)
     total = steps * -(-len(images) // size)
     for i, begin in enumerate(range(0, len(images), size)):
         x = to_float(images[begin : begin + size])
-        kept = folder / f"{i}.safetensors"
-        if not kept.is_file():
-            before = _start(recipe, images, begin, x, i)
+        done = folder / f"{i}.safetensors"
+        if not _whole(done):
+            start = _start(recipe, images, begin, x, i)
 
-            def told(step: int, done: int = i * steps) -> None:
+            def told(step: int, before: int = i * steps) -> None:
                 if step % _EVERY == 0 or step == steps:
-                    progress("inversion", done + step, total)
+                    progress("inversion", before + step, total)
 
-            found = _inverted(model, x, before, recipe, told)
+            found = _inverted(model, x, start, recipe, told)
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(kept, save({"images": found.cpu()}))
-        quality.add(load_weights(kept)["images"].to(x.device), x)
+            write_bytes(done, save({"images": found.cpu()}))
+        quality.add(load_weights(done)["images"].to(x.device), x)
     return Recorder(recipe, model, decoder=False).quality(quality, "inversion", stage="encoder")
+
+
+def _whole(path: Path) -> bool:
+    """Whether a finished batch is there; a damaged one is removed, to be computed anew."""
+    try:
+        return path.is_file() and "images" in load_weights(path)
+    except InputError:
+        path.unlink()
+        return False
 
 
 def _inverted(model: Autoencoder, x: Tensor, start: Tensor, recipe: Recipe, told: Callable[[int], None]) -> Tensor:

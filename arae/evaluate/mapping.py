@@ -47,8 +47,13 @@ class Evaluation:
         progress: Progress,
         note: Note = lambda text: None,
         state: Path | None = None,
+        kept: list[Path] | None = None,
     ) -> None:
-        """`images` uint8 [n, C, H, W], `labels` [n]; `state`: folder where AutoAttack keeps what it has finished."""
+        """`images` uint8 [n, C, H, W], `labels` [n]; `state`: folder where AutoAttack keeps what it has finished.
+
+        `kept` is told where in it this evaluation's own parts are.
+        """
+        self.kept = [] if kept is None else kept
         self.recipe, self.model, self.images, self.labels = recipe, model, images, labels
         self.progress, self.note, self.state = progress, note, state
         self.record = Recorder(recipe, model)
@@ -132,6 +137,7 @@ class Evaluation:
             log=self.note,
         )
         flags.extend(outcome.flags)
+        self.kept += [outcome.kept] if outcome.kept else []
         size = self.recipe.evaluate.batch
         for made, robust, levels in zip(
             outcome.adversarial.split(size), outcome.robust.split(size), self.images.split(size), strict=True

@@ -148,13 +148,13 @@ def described(recipe: Recipe, model: Autoencoder, *, decoder: bool = True) -> Mo
         decoder=config["decoder"]["name"] if decodes else None,
         train_norm=config["train_norm"],
         train_eps=config["train_eps"],
-        losses=loss_weights(recipe) if decodes else None,
+        losses=(config["decoder"].get("losses") or loss_weights(recipe)) if decodes else None,
     )
 
 
 def loss_weights(recipe: Recipe) -> dict[str, float] | None:
-    """The decoder's loss weights, mean-reduced."""
-    if recipe.decoder is None:
+    """The decoder's loss weights, mean-reduced, of a recipe that names them (a preset's depend on the shapes)."""
+    if recipe.decoder is None or recipe.decoder.losses.preset is not None:
         return None
     weights = recipe.decoder.losses
     return {"pixel": weights.pixel, "feature": weights.feature, "adversarial": weights.adversarial}

@@ -48,9 +48,9 @@ def evaluate(
             f"{folder.path}: evaluate.protocol = {protocol} needs a decoder, and this model has none: train it with a "
             "recipe that has a `decoder`, or set evaluate.protocol=robustness"
         )
-    kept, state = others(folder, protocol), folder.evaluation / protocol
+    kept, state, parts = others(folder, protocol), folder.evaluation / protocol, list[Path]()
     try:
-        records = _measured(recipe, model, state, progress, note)
+        records = _measured(recipe, model, state, parts, progress, note)
     except KeyboardInterrupt:
         if not state.is_dir():
             raise
@@ -58,13 +58,18 @@ def evaluate(
             f"{folder.path}: evaluation stopped; the same command goes on from what is finished of it"
         ) from None
     write_records(folder.records, [*kept, *records])
-    shutil.rmtree(state, ignore_errors=True)
-    with suppress(OSError):  # not there, or another protocol's parts are in it
-        folder.evaluation.rmdir()
+    for part in parts:
+        shutil.rmtree(part, ignore_errors=True)
+        for above in list(part.parents)[: len(part.relative_to(folder.evaluation).parts)]:
+            with suppress(OSError):  # the parts of another evaluation are in it
+                above.rmdir()
     return records
 
 
-def _measured(recipe: Recipe, model: Autoencoder, state: Path, progress: Progress, note: Note) -> list[Record]:
+def _measured(
+    recipe: Recipe, model: Autoencoder, state: Path, parts: list[Path], progress: Progress, note: Note
+) -> list[Record]:
+    """The records; `parts` is told which folders under `state` they were finished from."""
     protocol = recipe.evaluate.protocol
     if protocol == "high-resolution":
         return high_resolution(recipe, model, progress, note)
@@ -72,8 +77,8 @@ def _measured(recipe: Recipe, model: Autoencoder, state: Path, progress: Progres
     if protocol == "upscale":
         return upscaled(recipe, model, images, progress)
     if protocol == "inversion":
-        return inverted(recipe, model, images, progress, state)
-    return Evaluation(recipe, model, images, labels, progress, note, state).records()
+        return inverted(recipe, model, images, progress, state, parts)
+    return Evaluation(recipe, model, images, labels, progress, note, state, parts).records()
 
 
 def others(folder: RunFolder, protocol: str) -> list[Record]:
@@ -96,10 +101,17 @@ def _replaced(record: Record, protocol: str) -> bool:
 def held_out(recipe: Recipe, model: Autoencoder, device: torch.device) -> tuple[Tensor, Tensor]:
     """The evaluated images [n, C, H, W] as uint8, evenly over the held-out file, and their labels [n]."""
     source = open_source(recipe.data, "test", device)
-    if source.shape != model.image_shape or tuple(source.classes) != tuple(model.config["classes"]):
+    names = tuple(model.config["classes"])
+    if source.shape != model.image_shape or len(source.classes) != len(names):
         raise InputError(
             f"data.test: images {source.shape} of {len(source.classes)} classes do not fit the model's "
-            f"{model.image_shape} and {len(model.config['classes'])} classes"
+            f"{model.image_shape} and {len(names)} classes"
+        )
+    # Imported classifiers may know their classes by number only.
+    if tuple(source.classes) != names and names != tuple(map(str, range(len(names)))):
+        raise InputError(
+            f"data.test: its classes ({', '.join(source.classes[:3])}, …) are not the model's "
+            f"({', '.join(names[:3])}, …): encode the held-out images as the training images were"
         )
     where = evenly(source.n, recipe.evaluate.n)
     count, size = len(where), recipe.evaluate.batch

@@ -14,6 +14,7 @@ class Fit:
         """`decoder` inverts the tap `layer` of `encoder`; at its own `image_shape` the size comes back."""
         self.encoder, self.layer, self.decoder = encoder, layer, decoder
         self._sides: dict[tuple[int, int], int] = {}
+        self._known: dict[tuple[int, int], tuple[int, int] | None] = {}
         self._least: int | None = None
 
     def size(self, height: int, width: int) -> tuple[int, int]:
@@ -81,6 +82,11 @@ class Fit:
 
     def _back(self, size: tuple[int, int]) -> tuple[int, int] | None:
         """The size of what is decoded of images of a size; None where they can't be encoded or decoded."""
+        if size not in self._known:
+            self._known[size] = self._decoded(size)
+        return self._known[size]
+
+    def _decoded(self, size: tuple[int, int]) -> tuple[int, int] | None:
         try:
             _, h, w = self.encoder.feature_shape((self.decoder.image_shape[0], *size), self.layer)
             return self.decoder.output_size(h, w)

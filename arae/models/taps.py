@@ -10,6 +10,7 @@ import copy
 import difflib
 import itertools
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Literal, TypeVar
 
@@ -182,8 +183,11 @@ class Encoder(nn.Module):
 def output_at(net: nn.Module, path: str, x: Tensor) -> Tensor:
     """What the submodule `path` of `net` gives first for the input x; the rest of `net` is not run."""
     found: list[Tensor] = []
+    mine = threading.get_ident()
 
     def leave(_module: nn.Module, _inputs: object, output: Tensor) -> None:
+        if threading.get_ident() != mine:  # another thread's pass through the same network
+            return
         found.append(output)
         raise _Reached
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from arae.config import Recipe, Stage
+from arae.config import Data, Recipe, Stage
 from arae.data.augment import augment
 from arae.data.load import Source, stream
 from arae.errors import AraeError, InputError, Stopped
@@ -52,6 +52,8 @@ class Fit:
 
     recipe: Recipe
     part: Stage
+    data: Data
+    """The recipe's, with the stage's own augmentation."""
     folder: RunFolder
     source: Source
     engine: Engine
@@ -127,7 +129,7 @@ def micro_batches(stage: str, run: Fit, first: int) -> Iterator[Micro]:
     per_step = run.part.batch // run.part.micro
     own = run.engine.share(per_step, stage)
     seed = mix(run.recipe.seed, "order", stage)
-    data, n = run.recipe.data, run.source.n
+    data, n = run.data, run.source.n
     chunk = max(1, n // run.part.batch)  # an epoch of ids at a time, not ninety
     for start in range(first, run.total, chunk):
         stop = min(start + chunk, run.total)

@@ -18,11 +18,14 @@ from arae.config import Comparator, Decoder, Losses, Recipe
 from arae.errors import InputError
 from arae.models import Encoder, create_decoder, create_discriminator, create_encoder
 from arae.models.autoencoder import load_encoder, read_config
+from arae.models.taps import own_names
 from arae.models.wavelet import WaveletCode, WaveletEncoder
 from arae.models.weights import read_weights
+from arae.runs import runs_root
 from arae.train import losses
 
 Shape = tuple[int, int, int]
+RUN = "run:"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def load_comparator(part: Comparator | None, images: Shape) -> Encoder | None:
     """
     if part is None:
         return None
-    where, config = Path(part.weights), read_config(model_folder(part.weights))
+    where, config = located(part.weights), read_config(model_folder(part.weights))
     if where.is_dir() and (config is None or "encoder" not in config):
         raise InputError(f"decoder.comparator.weights = {where}: no model there; train or import one, or name a file")
     if config is not None:
@@ -120,21 +123,27 @@ def load_comparator(part: Comparator | None, images: Shape) -> Encoder | None:
 
 def _classes(part: Comparator, channels: int) -> int:
     """The number of classes in a file of weights: the length of the network's last bias there."""
-    weights = read_weights(part.weights)
-    last = list(create_encoder(part.name, 2, channels).net.state_dict())[-1]
+    like = create_encoder(part.name, 2, channels)
+    weights = own_names(like, read_weights(located(part.weights)))
+    last = list(like.net.state_dict())[-1]
     found = weights.get(last, weights.get(f"net.{last}"))
     return len(found) if found is not None and found.dim() == 1 else 1000  # 1000: the refusal says what is missing
 
 
+def located(where: str) -> Path:
+    """The path that a recipe's `weights` name: `run:NAME` is the run of that name, wherever the runs lie."""
+    return runs_root() / where.removeprefix(RUN) if where.startswith(RUN) else Path(where)
+
+
 def model_folder(where: str) -> Path:
     """The model folder of a run folder; else the path itself."""
-    path = Path(where)
+    path = located(where)
     return path / "model" if (path / "model").is_dir() else path
 
 
 def weights_file(where: str) -> Path:
     """The file of an encoder's weights: in a run folder or a model folder, or the path itself."""
-    return model_folder(where) / "encoder.safetensors" if Path(where).is_dir() else Path(where)
+    return model_folder(where) / "encoder.safetensors" if located(where).is_dir() else located(where)
 
 
 def sha256_of(where: str) -> str:

@@ -10,6 +10,7 @@ from arae.attacks.gradient import perturb
 from arae.config import Attack, Recipe
 from arae.data.augment import to_float
 from arae.data.load import Described, Source, open_source, same_kind
+from arae.errors import AraeError
 from arae.metrics import psnr
 from arae.models.encoder import Encoder
 from arae.modes import evaluating
@@ -53,6 +54,11 @@ class Probe:
         """PSNR of what the generator makes of `encoder`; leaves a picture of a few beside their originals."""
         with evaluating(generator), torch.no_grad(), self.engine.autocast():
             again = generator(code(encoder, self.images, self.recipe.encoder.layer)).float()
+        if not torch.isfinite(again).all():
+            raise AraeError(
+                f"decoder: by step {step} it has diverged, its images are not finite; lower decoder.lr or "
+                "decoder.discriminator_lr, and give the run another name=…"
+            )
         name = f"decoder-{step:06d}.png"
         self.folder.images.mkdir(exist_ok=True)
         save_png(grid([self.images[:PICTURES], again[:PICTURES]]), self.folder.images / name)

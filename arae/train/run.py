@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from arae.config import Recipe, Stage
+from arae.config import Augment, Data, Recipe, Stage
 from arae.data.load import Source, fingerprint, open_source
 from arae.errors import DiskFull, InputError
 from arae.models import Encoder, create_encoder
@@ -156,7 +156,7 @@ class Worker:
         if part.comparator is not None:
             where = part.comparator.weights
             entry["comparator"] = part.comparator.model_dump() | {"sha256": sha256_of(where)}
-        self._run(trainer, part, total, validate, entry)
+        self._run(trainer, part, total, validate, entry, augmented(self.recipe.data, part.augment))
 
     def _refuse_what_cannot_follow(self, encoder: Encoder) -> None:
         """InputError, before hours of training, for a layer that is not there and a decoder that will not fit it."""
@@ -175,14 +175,19 @@ class Worker:
         total: int,
         validate: Callable[[int], dict[str, float]],
         entry: dict[str, Any],
+        data: Data | None = None,
     ) -> None:
-        stage = trainer.name
+        """`data`: the recipe's with another augmentation, for this stage alone."""
+        stage, source = trainer.name, self.source
+        if data is not None and data != self.recipe.data:
+            source = open_source(data, "train", self.engine.device, seed=self.recipe.seed)
         self.log.emit("stage", stage=stage, state="started", steps=total)
         run = Fit(
             self.recipe,
             part,
+            data or self.recipe.data,
             self.folder,
-            self.source,
+            source,
             self.engine,
             self.log,
             total,
@@ -215,11 +220,27 @@ class Worker:
                 f"{' or decoder' if stage == 'decoder' else ''} differ); "
                 "give this run another name=… or delete the folder"
             )
+        if stage == "decoder":
+            self._refuse_another_comparator(config["decoder"].get("comparator", {}).get("sha256"))
         self.log.emit("stage", stage=stage, state="skipped")
         return True
 
+    def _refuse_another_comparator(self, sha256: str | None) -> None:
+        """InputError where the comparator's file holds other weights than those that this decoder was trained by."""
+        part = self.recipe.decoder.comparator if self.recipe.decoder else None
+        if part and sha256 and weights_file(part.weights).is_file() and sha256_of(part.weights) != sha256:
+            raise InputError(
+                f"decoder.comparator.weights = {part.weights}: holds other weights than this run's decoder was trained "
+                "by; put those back, give this run another name=… or delete the folder"
+            )
+
     def _digest(self, stage: str) -> str:
         return self.recipe.stage_digest("encoder" if stage == "encoder" else "decoder")
+
+
+def augmented(data: Data, augment: tuple[Augment, ...] | None) -> Data:
+    """The data under a stage's own augmentation, where it has one."""
+    return data if augment is None else data.model_copy(update={"augment": augment})
 
 
 def hardware(engine: Engine) -> dict[str, Any]:

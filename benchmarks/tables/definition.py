@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from arae.config import Norm, Part, Radius, Recipe, load_recipe
 from arae.config.document import checked, parse_override
 from arae.errors import InputError
-from arae.runs import RunFolder
+from arae.train.networks import RUN
 
 FOLDER = Path(__file__).resolve().parent / "definitions"
 PARAMETERS = "decoder_parameters"
@@ -128,7 +128,10 @@ class Definition(Part):
         found = self.full if name == "full" else self.small
         if found is None:
             there = [each for each in SCALES if getattr(self, each) is not None]
-            mend = f"there is --scale {there[0]}" if there else self.needs or "it holds the paper's figures only"
+            needs = (
+                f"it needs {self.needs}, which is not built yet" if self.needs else "it holds the paper's figures only"
+            )
+            mend = f"there is --scale {there[0]}" if there else needs
             raise InputError(f"{self.id} has no {name} scale: {mend}")
         return found
 
@@ -220,8 +223,7 @@ def _recipe(definition: Definition, scale: ScaleName, key: str) -> Recipe:
 
 
 def _placed(definition: Definition, scale: ScaleName, value: object) -> object:
-    """A run's key as the path of its folder, from here where it lies below."""
-    if not isinstance(value, str) or not value.startswith("run:"):
+    """A run's key as its name, which holds wherever the runs lie."""
+    if not isinstance(value, str) or not value.startswith(RUN):
         return value
-    path, here = RunFolder.of(_recipe(definition, scale, value.removeprefix("run:"))).path, Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+    return RUN + _recipe(definition, scale, value.removeprefix(RUN)).name

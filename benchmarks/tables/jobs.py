@@ -10,13 +10,13 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import IO
 
 from arae.adopt import has_encoder
 from arae.errors import AraeError, InputError, Stopped
 from arae.launch import Where, stop_requested
 from arae.runs import RunFolder, runs_root
+from arae.train.networks import RUN
 from benchmarks.tables.definition import ScaleName, Trip
 from benchmarks.tables.run import ROOT, done, run_trip
 
@@ -76,10 +76,10 @@ def run_all(trips: Sequence[Trip], plan: Plan, jobs: int) -> None:
 def next_ready(waiting: Sequence[Trip], running: Sequence[Trip]) -> Trip | None:
     """A run that need not wait: nobody is training its encoder just now, and what it starts from is there."""
     at_work = {trip.recipe.stage_digest("encoder") for trip in running if not _trained(trip)}
-    to_come = {RunFolder.of(trip.recipe).path for trip in (*waiting, *running) if not _trained(trip)}
+    to_come = {RUN + trip.recipe.name for trip in (*waiting, *running) if not _trained(trip)}
     for trip in waiting:
         start = trip.recipe.encoder.weights
-        if trip.recipe.stage_digest("encoder") not in at_work and not (start and Path(start).absolute() in to_come):
+        if trip.recipe.stage_digest("encoder") not in at_work and start not in to_come:
             return trip
     return None
 

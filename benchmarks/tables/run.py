@@ -43,6 +43,9 @@ def check_trips(trips: Iterable[Trip], device: torch.device) -> None:
         networks = str((r.data, r.encoder.name, r.encoder.width, r.encoder.layer, r.decoder and r.decoder.name))
         if networks not in seen and not done(trip):
             list(check(r, device))
+            for each in trip.evaluations:
+                if each.evaluate.protocol == "high-resolution":
+                    list(check(each, device))  # its folder is missed now, not after the training
         seen.add(networks)
 
 

@@ -27,8 +27,8 @@ RULES = """\
   2. *not reproduced*: an ordering is contradicted, or none is decided;
   3. *reproduced*: full scale, every ordering is measured and holds, every cell that the paper prints is measured and
      agrees;
-  4. *same direction*: at least one ordering holds and none is contradicted. At small scale nothing better can be had:
-     other networks, fewer images and a shorter training say nothing about the paper's figures themselves."""
+  4. *same direction*: at least one measured ordering holds and none is contradicted. At small scale nothing better can
+     be had: other networks, fewer images and a shorter training say nothing about the paper's figures themselves."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ class Judged:
         run = [each for each in self.orderings if self.definition.columns[each.column].metric != PARAMETERS]
         if all(each.outcome == "not measured" for each in run):
             return "not run"
-        if "contradicted" in outcomes or "holds" not in outcomes:
+        if "contradicted" in outcomes or all(each.outcome != "holds" for each in run):
             return "not reproduced"
         printed = [c for c in self.cells.values() if c.paper is not None]
         whole = all(o == "holds" for o in outcomes) and all(c.agrees for c in printed)

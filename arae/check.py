@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from arae.config import Losses, Recipe, Stage
 from arae.data.images import list_folder
-from arae.data.load import Described, describe, same_kind
+from arae.data.load import Described, augmented, describe, same_kind
 from arae.errors import InputError
 from arae.models import create_encoder
 from arae.train.engine import resolve_precision
@@ -49,6 +49,8 @@ def check(recipe: Recipe, device: torch.device) -> Iterator[str]:
     _trains_alone(encoder, torch.zeros(1, *shape), recipe.encoder, "encoder")
     yield f"encoder: {recipe.encoder.name}, features {features} at {recipe.encoder.layer or encoder.layer}"
     if (part := recipe.decoder) is not None:
+        if part.augment is not None and recipe.data.train is not None:
+            describe(augmented(recipe.data, part.augment), "train")  # what can't be cropped is said now
         networks = decoding(recipe, encoder, load_comparator(part.comparator, shape), shape)
         _trains_alone(networks.generator(), torch.zeros(1, *features), part, "decoder")
         networks.discriminator()

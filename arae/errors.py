@@ -24,4 +24,4 @@ class DiskFull(Stopped):
 
 
 class NotFinite(AraeError, ValueError):  # noqa: N818 -- it says what the images are
-    """Images hold NaN or infinity: a measure of them would be no number, and neither would any mean over it."""
+    """Images or gradients hold NaN or infinity: what is measured by them would be no number, or a wrong one."""

@@ -5,13 +5,13 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from test_attacks import CLASSES, SHAPE, Fragile, Tanh, images
+from test_attacks import CLASSES, SHAPE, Fragile, Tanh, Void, images
 from torch import Tensor, nn
 
 from arae.attacks import Threat, apgd, attack, pgd
 from arae.attacks.apgd import checkpoints, dlr, dlr_targeted
 from arae.config import Attack
-from arae.errors import InputError
+from arae.errors import InputError, NotFinite
 
 
 @pytest.fixture(autouse=True)
@@ -210,6 +210,15 @@ def test_leaves_the_model_as_it_was(loss):
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in model.named_buffers())
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), gradients, strict=True))
     assert torch.equal(waking, apgd(model.eval(), x, y, Threat("l2", 0.5), 5, loss, generator=seeded()))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("favourite", [0, 1])  # NaN logits count as class 0
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 0.05)])
+def test_a_gradient_that_is_not_a_number_voids_the_attack(norm, eps, favourite, loss):
+    x, _ = images(3)
+    with pytest.raises(NotFinite, match="not finite on 3 of 3 images"):
+        apgd(Void(favourite), x, torch.full((3,), favourite), Threat(norm, eps), steps=4, loss=loss)
 
 
 def test_stays_in_float32_under_autocast():

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from arae.attacks import Threat, evaluating, fgsm, perturb, pgd
 from arae.config import Attack
+from arae.errors import NotFinite
 
 SHAPE = (3, 6, 6)
 CLASSES = 4
@@ -44,6 +45,18 @@ class Fragile(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.drop(self.norm(x)))
+
+
+class Void(nn.Module):
+    """Sound logits that favour one class, and a gradient that is NaN everywhere: the root of zero."""
+
+    def __init__(self, favourite: int) -> None:
+        super().__init__()
+        self.inner, self.favourite = Tanh(), favourite
+
+    def forward(self, x: Tensor) -> Tensor:
+        bonus = torch.zeros(CLASSES).index_fill(0, torch.tensor(self.favourite), 100)
+        return self.inner(x) + bonus + (0 * x).sqrt().sum((1, 2, 3))[:, None]
 
 
 class Faulty(nn.Module):
@@ -252,6 +265,14 @@ def test_a_model_that_detaches_is_refused():
     x, y = images()
     with pytest.raises(ValueError, match="no gradient"):
         pgd(lambda x: Tanh()(x).detach(), x, y, Threat("l2", 1))
+
+
+@pytest.mark.parametrize("favourite", [0, 1])  # NaN logits count as class 0
+@pytest.mark.parametrize(("norm", "eps"), [("l2", 0.5), ("linf", 0.05)])
+def test_a_gradient_that_is_not_a_number_voids_the_attack(norm, eps, favourite):
+    x, _ = images(3)
+    with pytest.raises(NotFinite, match="not finite on 3 of 3 images"):
+        pgd(Void(favourite), x, torch.full((3,), favourite), Threat(norm, eps))
 
 
 def test_stays_in_float32_under_autocast():

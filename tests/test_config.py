@@ -126,6 +126,12 @@ REFUSALS = [
     ("name=../outside", ["name", "../outside"]),
     ("encoder.attack.kind=apgd-ce", ["encoder", "apgd-ce is for evaluation", "pgd"]),
     ("encoder={name: x, steps: 1, label_smoothing: 0.1, objective: {kind: mart}}", ["label_smoothing", "mart"]),
+    ("encoder.objective.shift=-10.5", ["encoder.objective.shift", "greater than or equal to -10"]),
+    ("encoder.objective.shift=11", ["encoder.objective.shift", "less than or equal to 10"]),
+    (
+        "evaluate.attacks.0={kind: apgd-t, norm: l2, eps: 1, step_size: 1}",
+        ["evaluate.attacks.0", "apgd-t", "step_size"],
+    ),
     ("encoder.objective.kind=madry", ["encoder.objective.kind", "madry", "trades"]),
     ("encoder.objective.beta=0", ["encoder.objective.beta", "greater than 0"]),
     ("encoder.width=0", ["encoder.width", "greater than 0"]),
@@ -169,6 +175,8 @@ ACCEPTED = [
     ("decoder=null", "decoder", None),
     ("decoder.losses.adversarial=0.01", "decoder.losses.adversarial", 0.01),
     ("evaluate.attacks.1.eps=0.25", "evaluate.attacks.1.eps", 0.25),
+    ("evaluate.attacks.0.kind=apgd-ce", "evaluate.attacks.0.steps", 100),
+    ("evaluate.attacks.0={kind: apgd-t, norm: l2, eps: 1, steps: 7}", "evaluate.attacks.0.steps", 7),
     ("map.radii.2=2", "map.radii.2", 2.0),
     ("map.radii=[0, 1]", "map.radii", (0.0, 1.0)),
     ("data.augment=[flip, shift]", "data.augment", ("flip", "shift")),
@@ -269,7 +277,17 @@ def test_difference_without_a_base_is_the_recipe(folder: Path) -> None:
     assert difference(recipe)["encoder.attack.eps"] == 0.5
 
 
-@pytest.mark.parametrize("overrides", [[], ["decoder=null"], ["encoder.attack.eps=8/255", "encoder.lr=1e-4"]])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["decoder=null"],
+        ["encoder.attack.eps=8/255", "encoder.lr=1e-4"],
+        ["evaluate.attacks.0={kind: apgd-t, norm: l2, eps: 1, steps: 7}"],  # 7: PGD's default, not its own
+        ["evaluate.attacks.0.kind=apgd-t"],
+        ["decoder.augment=[]"],
+    ],
+)
 def test_dump_and_load(folder: Path, overrides: list[str]) -> None:
     recipe = load_recipe("small.yaml", overrides)
     run = folder / "runs" / "x"
@@ -340,6 +358,7 @@ OTHER: dict[str, Any] = {
     "decoder.losses.pixel_norm": "l2", "decoder.losses.feature": 0.2, "decoder.losses.adversarial": 0.2,
     "decoder.losses.discriminator": 2.0, "decoder.losses.preset": "inversion", "decoder.normalisation": "signed",
     "decoder.comparator.name": "vgg16", "decoder.comparator.weights": "vgg16.pt", "decoder.comparator.layer": "conv2",
+    "decoder.augment": [],
     "decoder.discriminator_lr": 0.1, "decoder.betas": [0.5, 0.9], "decoder.weight_decay": 0.1, "decoder.ema": 0.9,
     "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.lpips": None,
     "evaluate.lpips_weights": "w", "evaluate.protocol": "upscale", "evaluate.factors": [1, 4], "evaluate.images": "x",
@@ -370,10 +389,17 @@ def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     """A recipe without them has the digest it had before there were such keys: they are no part of the document."""
     document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
     assert not {"width", "objective"} & set(document["encoder"])
-    assert not {"normalisation", "comparator"} & set(document["decoder"])
+    assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]
     assert "kind" not in document["encoder"]["attack"]
     assert not {"protocol", "factors", "images", "tile", "inversion"} & set(document["evaluate"])
+
+
+def test_the_demo_has_the_digests_it_always_had() -> None:
+    """Records and run folders that were made by 0.1 name them."""
+    recipe = load_recipe("demo")
+    found = [recipe.digest, recipe.stage_digest("encoder"), recipe.stage_digest("decoder")]
+    assert [digest[:8] for digest in found] == ["c3e70d29", "0f71a19f", "139fbd5b"]
 
 
 @pytest.mark.parametrize(("old", "protocol"), [(True, "map"), (False, "robustness")])

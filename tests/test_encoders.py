@@ -2,7 +2,9 @@
 
 import copy
 import gc
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -133,6 +135,22 @@ def test_a_tap_runs_nothing_behind_it_and_holds_nothing_back():
         gc.enable()
     assert ran == ["conv1", "relu1", "conv2", "relu2"]
     assert counter.get_total_flops() == 2 * (14 * 14 * 32 * 25 + 7 * 7 * 64 * 32 * 9)
+
+
+def test_threads_that_tap_one_encoder_get_their_own_features():
+    """Both are on their way through the network, at taps of which one lies behind the other, before either is there."""
+    encoder, both_inside = create_encoder("small-cnn", 10).eval(), threading.Barrier(2, timeout=20)
+    jobs = [(torch.rand(2, 3, 16, 16), layer) for layer in ("conv2", "conv3")]
+    alone = [encoder.features(x, layer) for x, layer in jobs]
+
+    def wait(*_: object) -> None:
+        both_inside.wait()
+
+    encoder.net.get_submodule("conv1").register_forward_hook(wait)
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(lambda job: encoder.features(*job), jobs))
+    for features, expected in zip(together, alone, strict=True):
+        torch.testing.assert_close(features, expected)
 
 
 def test_conv5_is_torchvisions_pooled_features():

@@ -60,7 +60,8 @@ def test_the_authors_files_give_what_their_networks_give(tmp_path, monkeypatch, 
     torch.save(generator_file(net, theirs, "conv5", discriminator), tmp_path / "generator.pt")
 
     dest = tmp_path / "model"
-    assert arae_import(monkeypatch, tmp_path / "generator.pt", dest, f"encoder={encoder}") == 0
+    said = [f"classes=[{','.join('abcdefghijkl')}]", "norm=l2", "eps=3"]
+    assert arae_import(monkeypatch, tmp_path / "generator.pt", dest, f"encoder={encoder}", *said) == 0
     assert "decoder: alexnet-conv5; images are encoded for it by 2x - 1" in capsys.readouterr().out
     model = load_autoencoder(dest)
     assert (model.layer, model.config["encoder"]["num_classes"]) == ("conv5", 12)
@@ -84,6 +85,8 @@ def test_the_authors_files_give_what_their_networks_give(tmp_path, monkeypatch, 
     import_model(tmp_path / "conv1.pt", tmp_path / "of-conv1", ImportOptions(encoder=str(dest)))
     model = load_autoencoder(tmp_path / "of-conv1")
     assert (model.layer, model.normalisation) == ("conv1", "signed")
+    training = [model.config[key] for key in ("train_norm", "train_eps", "classes")]  # the folder's word on its encoder
+    assert training == ["l2", 3.0, list("abcdefghijkl")]
     with torch.no_grad():
         wanted = (conv1.gen(net.features[:3](2 * x - 1)) + 1) / 2
         torch.testing.assert_close(model.reconstruct(x), wanted, rtol=0, atol=1e-5)

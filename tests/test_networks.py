@@ -13,10 +13,11 @@ from arae.check import check
 from arae.config import Comparator, Losses, Recipe
 from arae.cost import Networks
 from arae.errors import InputError
+from arae.evaluate.measure import described
 from arae.models import Encoder, create_encoder
 from arae.models.autoencoder import load_autoencoder, read_config, save_part
 from arae.models.wavelet import WaveletCode
-from arae.runs import RunFolder
+from arae.runs import RunFolder, runs_root
 from arae.train.decoder import DecoderTrainer
 from arae.train.engine import Engine
 from arae.train.losses import resolved
@@ -68,11 +69,17 @@ def in_a_run_folder(folder: Path) -> Path:
     return folder
 
 
+def in_a_named_run(_folder: Path) -> Path:
+    in_a_run_folder(runs_root() / "sweep" / "one")
+    return Path("run:sweep/one")
+
+
 PLACES = {
     "safetensors": in_a_file(".safetensors", lambda encoder: encoder),
     "pt of the network alone": in_a_file(".pt", lambda encoder: encoder.net),
     "model folder": in_a_model_folder,
     "run folder": in_a_run_folder,
+    "name of a run": in_a_named_run,
 }
 
 
@@ -133,9 +140,23 @@ def test_a_model_says_what_it_was_trained_with(tiny_npz: Path, tmp_path: Path) -
     assert entry["losses"] == {"pixel": weights.pixel, "feature": weights.feature, "adversarial": weights.adversarial}
     assert entry["comparator"]["sha256"] == hashlib.sha256(where.read_bytes()).hexdigest()
     model = load_autoencoder(tmp_path / "run")
+    assert described(recipe, model).losses == entry["losses"]
     x = torch.rand(2, *IMAGES)
     own = model.encoder
     torch.testing.assert_close(model.encode(x), own.features((2 * x - 1) * own.std + own.mean))
+
+
+def test_a_comparator_that_was_replaced_is_refused(tiny_npz: Path, tmp_path: Path) -> None:
+    where = PLACES["safetensors"](tmp_path)
+    recipe = short(tiny_npz, decoder__comparator={"name": "small-cnn", "weights": str(where), "layer": "conv2"})
+    trained(recipe, tmp_path / "run")
+    made, first = (tmp_path / "run" / "model" / "decoder.safetensors").read_bytes(), where.read_bytes()
+    save_file(create_encoder("small-cnn", 7, 3, 16).state_dict(), where)
+    with pytest.raises(InputError, match=r"^decoder\.comparator\.weights = [^\n]*holds other weights"):
+        trained(recipe, tmp_path / "run")
+    where.write_bytes(first)
+    trained(recipe, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "decoder.safetensors").read_bytes() == made
 
 
 def test_a_preset_trains_as_its_numbers_do(tiny_npz: Path, tmp_path: Path) -> None:

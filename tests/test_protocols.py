@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from evaluating import CPU, run_folder, through
@@ -17,7 +18,8 @@ from arae.config import Attack, Recipe
 from arae.cost import Networks, Passes, attack_flops
 from arae.errors import InputError, Stopped
 from arae.evaluate import evaluate, inversion, invert, mapping, name_of, threat_of
-from arae.evaluate.measure import evenly
+from arae.evaluate.measure import described, evenly
+from arae.evaluate.run import held_out
 from arae.evaluate.upscale import enlarged, upscaled
 from arae.records import Record, Threat, read_records
 
@@ -115,7 +117,9 @@ def test_attacks_of_every_kind(tiny_npz: Path, monkeypatch: pytest.MonkeyPatch) 
         calls.append(given | {"n": len(x), "threat": threat})
         given["progress"]("square", 1, 1)
         robust = torch.arange(len(x)) % 2 == 0
-        return Outcome(robust, x / 255, {"square": 2}, ("masked gradients?",))
+        for job in ("mine", "others"):  # what another evaluation has not finished lies beside it
+            (given["state"] / job).mkdir(parents=True)
+        return Outcome(robust, x / 255, {"square": 2}, ("masked gradients?",), given["state"] / "mine")
 
     monkeypatch.setattr(mapping, "autoattack", suite)
     attacks = [{"kind": kind, "norm": "l2", "eps": 1, "steps": 3} for kind in KINDS]
@@ -134,6 +138,7 @@ def test_attacks_of_every_kind(tiny_npz: Path, monkeypatch: pytest.MonkeyPatch) 
     (call,) = calls
     assert (call["n"], call["batch"], call["state"]) == (5, 3, folder.evaluation / "map" / "attack-4")
     assert "autoattack l2 1: square" in said
+    assert list(call["state"].iterdir()) == [call["state"] / "others"]
 
 
 def test_enlarging_is_torchvisions_resize() -> None:
@@ -226,6 +231,68 @@ def test_a_stopped_inversion_goes_on(tiny_npz: Path, monkeypatch: pytest.MonkeyP
     assert not folder.evaluation.exists()
     with pytest.raises(KeyboardInterrupt):  # nothing was kept yet
         evaluate(recipe, folder, CPU, lambda label, done, total: stop(label, 4, total))
+
+
+def test_an_inversion_computes_damaged_parts_anew_and_removes_no_others(
+    tiny_npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, folder = run_folder(tiny_npz, evaluate__protocol="inversion", **FEW)
+    whole = evaluate(recipe, folder, CPU)
+    others = folder.evaluation / "inversion" / "inversion-others" / "0.safetensors"
+    others.parent.mkdir(parents=True)
+    others.write_bytes(b"x")
+
+    def stop(label: str, done: int, total: int) -> None:
+        if done > 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(Stopped):
+        evaluate(recipe, folder, CPU, stop)
+    (part,) = (path for path in folder.evaluation.rglob("*.safetensors") if path != others)
+    part.write_bytes(part.read_bytes()[:40])
+    batches: list[int] = []
+    monkeypatch.setattr(inversion, "invert", lambda *given: batches.append(len(given[1])) or invert(*given))
+    assert [r.value for r in evaluate(recipe, folder, CPU)] == [r.value for r in whole]
+    assert batches == [3, 2]
+    assert [path for path in folder.evaluation.rglob("*") if path.is_file()] == [others]
+    assert list(others.parent.parent.iterdir()) == [others.parent]
+
+
+@pytest.mark.parametrize("preset", ["inversion", None])
+def test_records_name_the_weights_that_the_decoder_was_trained_with(tiny_npz: Path, preset: str | None) -> None:
+    """Those of its model folder; of a folder that is too old to say, the recipe's, where it has numbers."""
+    given, resolved = (
+        {"pixel": 2.0, "feature": 0.5, "adversarial": 0.0},
+        {"pixel": 9.0, "feature": 8.0, "adversarial": 7.0},
+    )
+    recipe = tiny_recipe(tiny_npz, decoder__losses={"preset": preset} if preset else given)
+    model, _ = through(1.0)
+    assert described(recipe, model).losses == (None if preset else given)
+    model.config["decoder"]["losses"] = resolved
+    assert described(recipe, model).losses == resolved
+    assert described(recipe, model, decoder=False).losses is None
+
+
+CLASSES = [
+    (["a", "b", "c"], True),
+    (["0", "1", "2"], True),  # an imported classifier's
+    (["1", "2", "3"], False),
+    (["a", "c", "b"], False),
+    (["0", "1"], False),
+]
+
+
+@pytest.mark.parametrize(("names", "fits"), CLASSES)
+def test_the_held_out_images_are_of_the_models_classes(tiny_npz: Path, names: list[str], fits: bool) -> None:
+    np.savez(tiny_npz, **np.load(tiny_npz), classes=np.array(["a", "b", "c"]))
+    recipe, (model, _) = tiny_recipe(tiny_npz, evaluate__n=5), through(1.0)
+    model.config["classes"] = names
+    if fits:
+        images, labels = held_out(recipe, model, CPU)
+        assert (len(images), labels.dtype) == (5, torch.int64)
+    else:
+        with pytest.raises(InputError, match=r"^data\.test: [^\n]*classes"):
+            held_out(recipe, model, CPU)
 
 
 def test_the_start_from_another_image_needs_another(tiny_npz: Path) -> None:

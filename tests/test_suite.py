@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_attacks import SHAPE, Fragile, Tanh, images
+from test_attacks import SHAPE, Fragile, Tanh, Void, images
 from torch import Tensor, nn
 
 from arae.attacks import Threat, autoattack, checks, suite
@@ -274,6 +274,7 @@ DECEIVING = [
     (Around(before=lambda x: 1e-6 * x + 0.5), "at will leaves 100%"),
     (Around(lambda z: z / 0), "not finite"),
     (Around(classes=3), "3 classes"),
+    (Void(1), "gradients of 32 of 32 images are not finite"),
 ]
 
 

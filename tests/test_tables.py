@@ -167,6 +167,20 @@ def test_a_count_alone_is_no_run() -> None:
     assert judged.said == "not run"
 
 
+def test_a_count_beside_undecided_measurements_reproduces_nothing() -> None:
+    d = DEFINITIONS["arae-main-T7"]
+    made: dict[str, list[Record]] = {}
+    for row in d.rows.values():
+        for column in d.columns.values():
+            if column.metric != PARAMETERS:
+                protocol = row.protocol if row.protocol and column.protocol == "reconstruction" else column.protocol
+                made.setdefault(row.run or "", []).append(record(0.5, metric=column.metric, protocol=protocol))
+    judged = judge(d, "small", trips(d, "small"), made)
+    outcomes = {(d.columns[each.column].metric == PARAMETERS, each.outcome) for each in judged.orderings}
+    assert outcomes == {(True, "holds"), (False, "undecided")}
+    assert judged.verdict == "not reproduced"
+
+
 def test_an_order_undecided_in_part_is_not_reproduced_in_full() -> None:
     document = plain()
     document["rows"]["best"] = {"label": "best", "run": "best", "paper": {"psnr": 18.1}}

@@ -2,7 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import make_tiny_npz
@@ -15,6 +17,8 @@ from arae.errors import AraeError, InputError, Stopped
 from arae.launch import refuse_another
 from arae.runs import RunFolder
 from arae.seeds import mix
+from arae.train.decoder import DecoderTrainer
+from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine
 from arae.train.run import train
 from arae.train.state import list_states
@@ -139,3 +143,22 @@ def test_the_data_order_is_that_of_the_stream(tiny_npz: Path) -> None:
         assert torch.equal(micro.images, wanted)
         assert torch.equal(late.images, wanted)
         assert torch.equal(micro.labels, source.labels[row % source.n])
+
+
+@pytest.mark.parametrize(("own", "as_they_are"), [([], True), (None, False), (["flip"], False)])
+def test_a_decoder_has_its_own_augmentation(
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: list[str] | None, as_they_are: bool
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+    for stage, trainer in (("encoder", EncoderTrainer), ("decoder", DecoderTrainer)):
+
+        def step(self: object, number: int, batch: list, stage: str = stage, whole: Any = trainer.step) -> Any:
+            seen[stage] = torch.cat([micro.images for micro in batch])
+            return whole(self, number, batch)
+
+        monkeypatch.setattr(trainer, "step", step)
+    trained(tiny_recipe(tiny_npz, encoder__steps=1, decoder__steps=1, decoder__augment=own), tmp_path / "run")
+    known = {image.tobytes() for image in np.load(tiny_npz)["images"]}
+    levels = {stage: (255 * x).round().byte().permute(0, 2, 3, 1).numpy() for stage, x in seen.items()}
+    unchanged = {stage: all(image.tobytes() in known for image in images) for stage, images in levels.items()}
+    assert unchanged == {"encoder": False, "decoder": as_they_are}

@@ -58,8 +58,7 @@ def apgd(
         return x
     climb = _Climb(model, threat, steps, CRITERIA[loss])
     with evaluation_mode(model), torch.no_grad():
-        found = _worst(climb, x.detach(), y, restarts, targets if loss == "dlr-targeted" else 1, generator)
-    return refuse_void(found)
+        return _worst(climb, x.detach(), y, restarts, targets if loss == "dlr-targeted" else 1, generator)
 
 
 def _worst(
@@ -155,6 +154,7 @@ class _Climb:
     def begin(self, x: Tensor, y: Tensor, goal: Tensor, start: Tensor) -> tuple[_Walk, Tensor]:
         """The walk at its start, and the logits there."""
         logits, loss, direction = ascent(self.model, start, lambda logits: self.criterion(logits, y, goal))
+        refuse_void(direction)
         nothing = torch.zeros_like(loss)
         walk = _Walk(
             row=torch.arange(len(x), device=x.device),
@@ -183,6 +183,7 @@ class _Climb:
         walk.previous, walk.images = walk.images, self.inside(walk.x, moved)
         before, y, goal = walk.loss, walk.y, walk.goal
         logits, walk.loss, walk.direction = ascent(self.model, walk.images, lambda z: self.criterion(z, y, goal))
+        refuse_void(walk.direction)
         walk.rises = walk.rises + (walk.loss > before)
         better = walk.loss > walk.best_loss
         walk.best_loss = walk.loss.where(better, walk.best_loss)

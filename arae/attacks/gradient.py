@@ -53,9 +53,8 @@ def pgd(
     step = 2.5 * threat.eps / max(steps, 1) if step_size is None else step_size
     if steps < 1 or restarts < 1 or not step >= 0:
         raise ValueError(f"PGD needs steps >= 1, restarts >= 1, step_size >= 0, not {steps}, {restarts}, {step}")
-    search = _Search(model, threat, steps, step)
-    found = search.run(x, y, restarts, generator, random_start=random_start, survivors_only=survivors_only)
-    return refuse_void(found)
+    search = _Search(model, threat, steps, step, careful=True)
+    return search.run(x, y, restarts, generator, random_start=random_start, survivors_only=survivors_only)
 
 
 def fgsm(model: Model, x: Tensor, y: Tensor, threat: Threat) -> Tensor:
@@ -68,7 +67,7 @@ def perturb(model: Model, x: Tensor, y: Tensor, attack: Attack, generator: torch
     if attack.norm is None or attack.eps == 0:
         return x
     step = 2.5 * attack.eps / attack.steps if attack.step_size is None else attack.step_size
-    search = _Search(model, Threat(attack.norm, attack.eps), attack.steps, step)
+    search = _Search(model, Threat(attack.norm, attack.eps), attack.steps, step, careful=False)
     return search.run(x, y, attack.restarts, generator, random_start=attack.random_start, survivors_only=False)
 
 
@@ -97,8 +96,9 @@ def ascent(model: Model, images: Tensor, criterion: Callable[[Tensor], Tensor]) 
 class _Search:
     """One PGD in one threat model: what `pgd` and `perturb` share."""
 
-    def __init__(self, model: Model, threat: Threat, steps: int, step: float) -> None:
-        self.model, self.threat, self.steps, self.step = model, threat, steps, step
+    def __init__(self, model: Model, threat: Threat, steps: int, step: float, *, careful: bool) -> None:
+        """`careful`: look at every gradient, which waits for the device."""
+        self.model, self.threat, self.steps, self.step, self.careful = model, threat, steps, step, careful
 
     def run(
         self,
@@ -145,7 +145,8 @@ class _Search:
 
     def gradient(self, images: Tensor, y: Tensor) -> Tensor:
         """Gradient of each sample's loss in its image."""
-        return ascent(self.model, images, lambda logits: F.cross_entropy(logits, y, reduction="none"))[2]
+        found = ascent(self.model, images, lambda logits: F.cross_entropy(logits, y, reduction="none"))[2]
+        return refuse_void(found) if self.careful else found
 
     def judge(self, images: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each sample is misclassified, and its loss."""
@@ -159,18 +160,19 @@ def evaluation_mode(model: Model) -> AbstractContextManager[None]:
     return evaluating(model) if isinstance(model, nn.Module) else nullcontext()
 
 
-def refuse_void(images: Tensor) -> Tensor:
-    """The images [N, ...] that an attack found; NotFinite (a ValueError) where the model's gradients made NaN of some.
+def refuse_void(gradient: Tensor) -> Tensor:
+    """The gradients [N, ...] of an attack's step; NotFinite (a ValueError) where some are NaN or infinite.
 
-    A classifier calls NaN some class, so such an image would count as a success.
+    In l-inf such a sample would stay where it is and count as robust; in l2 it would become NaN, which a classifier
+    calls some class, and count as broken.
     """
-    bad = int((~images.isfinite()).flatten(1).any(1).sum())
+    bad = int((~gradient.isfinite()).flatten(1).any(1).sum())
     if bad:
         raise NotFinite(
-            f"the attack met gradients that are not finite on {bad} of {len(images)} images, and is void there: look "
+            f"the attack met gradients that are not finite on {bad} of {len(gradient)} images, and is void there: look "
             "for square roots and divisions at zero in the model"
         )
-    return images
+    return gradient
 
 
 def check_images(x: Tensor, y: Tensor) -> None:

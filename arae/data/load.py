@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 
-from arae.config import Data
+from arae.config import Augment, Data
 from arae.data import arrays, beton, catalog
 from arae.data.arrays import Arrays
 from arae.data.images import fit_array
@@ -90,6 +90,11 @@ def open_source(
     if path is None or path.suffix == ".npz":
         return _resident(_arrays(path, data, split), data, split, device)
     return _from_beton(path, data, split, device, seed=seed, workers=workers or default_workers())
+
+
+def augmented(data: Data, augment: tuple[Augment, ...] | None) -> Data:
+    """The data under a stage's own augmentation, where it has one."""
+    return data if augment is None else data.model_copy(update={"augment": augment})
 
 
 class Described(NamedTuple):

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from arae.config import Augment, Data, Recipe, Stage
-from arae.data.load import Source, fingerprint, open_source
+from arae.config import Data, Recipe, Stage
+from arae.data.load import Source, augmented, fingerprint, open_source
 from arae.errors import DiskFull, InputError
 from arae.models import Encoder, create_encoder
 from arae.models.autoencoder import load_encoder, read_config, save_part
@@ -236,11 +236,6 @@ class Worker:
 
     def _digest(self, stage: str) -> str:
         return self.recipe.stage_digest("encoder" if stage == "encoder" else "decoder")
-
-
-def augmented(data: Data, augment: tuple[Augment, ...] | None) -> Data:
-    """The data under a stage's own augmentation, where it has one."""
-    return data if augment is None else data.model_copy(update={"augment": augment})
 
 
 def hardware(engine: Engine) -> dict[str, Any]:

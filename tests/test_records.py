@@ -76,7 +76,7 @@ def test_many_round_trips(tmp_path: Path) -> None:
 
 def test_the_keys_are_the_published_ones() -> None:
     written = json.loads(record().model_dump_json())
-    assert set(written) == {*WHOLE, "flags"}
+    assert set(written) == {*WHOLE, "flags", "training"}
     assert set(written["model"]) == set(WHOLE["model"])
     assert set(written["threat"]) >= set(WHOLE["threat"])
 

@@ -21,6 +21,7 @@ from arae.launch import Where
 from arae.models.autoencoder import read_config
 from arae.records import read_records, write_records
 from arae.runs import RunFolder
+from arae.train.networks import located
 from benchmarks.tables import jobs, run
 from benchmarks.tables.definition import Trip, find, trips
 from benchmarks.tables.reproduce import reproduce
@@ -151,7 +152,7 @@ def test_publishing_replaces_what_was_measured_again(table: Path, tmp_path: Path
         ({"table": "arae-main-T11"}, "no table 'arae-main-T11'; there are arae-main-T1, "),
         ({"scale": "tiny"}, "--scale tiny: write full or small"),
         ({"scale": "full"}, "mine has no full scale: there is --scale small"),
-        ({"table": "arae-main-T8"}, "arae-main-T8 has no small scale: the application anomaly detection"),
+        ({"table": "arae-main-T8"}, "arae-main-T8 has no small scale: it needs the application anomaly detection"),
         ({"jobs": 0}, "--jobs 0: at least 1"),
         ({"overrides": ["name=x"]}, "override name: a table's runs have their own"),
         ({"overrides": ["encoder.stepss=3"]}, "unknown key encoder.stepss; did you mean encoder.steps"),
@@ -180,7 +181,7 @@ def test_a_run_waits_for_the_encoder_that_it_starts_from(monkeypatch: pytest.Mon
     order = list(there.values())
     start = there["eps-1.5"].recipe.encoder.weights
     assert start
-    assert Path(start).absolute() == RunFolder.of(there["eps-1"].recipe).path
+    assert located(start) == RunFolder.of(there["eps-1"].recipe).path
     assert jobs.next_ready(order, []) is there["eps-0"]
     assert jobs.next_ready(order[1:], order[:1]) is there["eps-0.5"]
     assert jobs.next_ready(order[2:], order[:2]) is None

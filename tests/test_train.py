@@ -124,6 +124,7 @@ def test_the_data_order_is_that_of_the_stream(tiny_npz: Path) -> None:
     run = Fit(
         recipe,
         recipe.encoder,
+        recipe.data,
         folder,
         source,
         Engine(CPU, "fp32"),

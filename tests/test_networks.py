@@ -83,6 +83,16 @@ PLACES = {
 }
 
 
+def refused_before_training(recipe: Recipe, run: Path, says: list[str]) -> None:
+    """Training and `validate` both refuse the recipe, in one line that says all of `says`; nothing is made."""
+    for what in (lambda: trained(recipe, run), lambda: list(check(recipe, CPU))):
+        with pytest.raises(InputError) as caught:
+            what()
+        assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not (run / "model").exists()
+
+
 @pytest.mark.parametrize("place", PLACES)
 def test_a_comparator_is_loaded_from_wherever_weights_may_lie(tmp_path: Path, place: str) -> None:
     where = PLACES[place](tmp_path)
@@ -118,12 +128,7 @@ def test_a_comparator_is_refused_before_anything_is_trained(
     in_a_model_folder(tmp_path)
     PLACES["safetensors"](tmp_path)
     recipe = short(tiny_npz, decoder__comparator={"name": "small-cnn", **change})
-    for what in (lambda: trained(recipe, tmp_path / "run"), lambda: list(check(recipe, CPU))):
-        with pytest.raises(InputError) as caught:
-            what()
-        assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "model").exists()
+    refused_before_training(recipe, tmp_path / "run", says)
 
 
 def test_a_model_says_what_it_was_trained_with(tiny_npz: Path, tmp_path: Path) -> None:
@@ -192,12 +197,7 @@ def test_what_cannot_fit_is_refused_with_the_layers_there_are(
     tiny_npz: Path, tmp_path: Path, overrides: dict, says: list[str]
 ) -> None:
     recipe = short(tiny_npz, **overrides)
-    for what in (lambda: trained(recipe, tmp_path / "run"), lambda: list(check(recipe, CPU))):
-        with pytest.raises(InputError) as caught:
-            what()
-        assert [part for part in says if part not in str(caught.value)] == [], str(caught.value)
-        assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run" / "model").exists()
+    refused_before_training(recipe, tmp_path / "run", says)
 
 
 def test_validation_says_what_compares_and_what_counts(tiny_npz: Path, tmp_path: Path) -> None:

@@ -87,27 +87,28 @@ def inverted(
     for i, begin in enumerate(range(0, len(images), size)):
         x = to_float(images[begin : begin + size])
         done = folder / f"{i}.safetensors"
-        if not _whole(done):
+        found = _finished(done)
+        if found is None:
             start = _start(recipe, images, begin, x, i)
 
             def told(step: int, before: int = i * steps) -> None:
                 if step % _EVERY == 0 or step == steps:
                     progress("inversion", before + step, total)
 
-            found = _inverted(model, x, start, recipe, told)
+            found = _inverted(model, x, start, recipe, told).cpu()
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(done, save({"images": found.cpu()}))
-        quality.add(load_weights(done)["images"].to(x.device), x)
+            write_bytes(done, save({"images": found}))
+        quality.add(found.to(x.device), x)
     return Recorder(recipe, model, decoder=False).quality(quality, "inversion", stage="encoder")
 
 
-def _whole(path: Path) -> bool:
-    """Whether a finished batch is there; a damaged one is removed, to be computed anew."""
+def _finished(path: Path) -> Tensor | None:
+    """The images of a finished batch; None where it is still to be computed, for a damaged one is removed."""
     try:
-        return path.is_file() and "images" in load_weights(path)
+        return load_weights(path).get("images") if path.is_file() else None
     except InputError:
         path.unlink()
-        return False
+        return None
 
 
 def _inverted(model: Autoencoder, x: Tensor, start: Tensor, recipe: Recipe, told: Callable[[int], None]) -> Tensor:

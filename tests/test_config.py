@@ -364,8 +364,10 @@ OTHER: dict[str, Any] = {
     "evaluate.lpips_weights": "w", "evaluate.protocol": "upscale", "evaluate.factors": [1, 4], "evaluate.images": "x",
     "evaluate.tile": 64, "evaluate.inversion.steps": 5, "evaluate.inversion.step_size": 0.5,
     "evaluate.inversion.start": "other", "state.every": 7, "state.keep": 3, "map.radii": [0, 1],
+    "state.minutes": 5, "state.not_finite": "rollback", "encoder.export": "best", "decoder.export": "best",
+    "engine.kind": "deepspeed", "engine.stage": 3, "engine.offload": True,
 }  # fmt: skip
-GROUPS = {"data", "encoder", "decoder", "evaluate", "state", "map"}
+GROUPS = {"data", "encoder", "decoder", "evaluate", "state", "map", "engine"}
 INNER = {"encoder.attack", "encoder.schedule", "encoder.objective", "decoder.schedule", "decoder.losses"}
 INNER |= {"decoder.comparator", "evaluate.inversion"}
 # A stage has one of epochs and steps; names are no part of what is computed; training attacks by PGD alone.
@@ -377,6 +379,8 @@ def before_and_after(key: str) -> tuple[Recipe, Recipe]:
     before = Recipe.model_validate(WHOLE)
     if key == "decoder.losses.preset":  # it stands beside no other weights
         before = before.replace({"decoder.losses": {}})
+    if key == "engine.offload":  # DDP has nothing to offload
+        before = before.replace({"engine.kind": "deepspeed"})
     return before, before.replace({key: OTHER[key]})
 
 
@@ -422,6 +426,7 @@ def test_a_stage_digest_depends_on_its_stage_only(key: str) -> None:
         "evaluate",
         "state",
         "map",
+        "engine",
     )
     irrelevant |= key == "scale"
     encoder_moves = not irrelevant and not key.startswith("decoder.")

@@ -8,7 +8,7 @@ one grammar.
 from arae.config.base import Augment, Count, Fraction01, Norm, Part, Positive, Radius, check_radius, parse_radius
 from arae.config.document import digest_of, flatten, keys, models_in
 from arae.config.load import difference, dump_recipe, load_options, load_recipe, shipped_recipes
-from arae.config.schema import Data, Evaluate, Inversion, Map, Recipe, State
+from arae.config.schema import Data, EngineChoice, Evaluate, Inversion, Map, Recipe, State
 from arae.config.stages import Attack, Comparator, Decoder, Encoder, Losses, Objective, Preset, Schedule, Stage
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Data",
     "Decoder",
     "Encoder",
+    "EngineChoice",
     "Evaluate",
     "Fraction01",
     "Inversion",

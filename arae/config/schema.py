@@ -110,12 +110,43 @@ class Evaluate(Part):
 
 
 class State(Part):
-    """When the whole state of a run is saved."""
+    """When the whole state of a run is saved, and what is done where training leaves the numbers."""
+
+    later = frozenset({"minutes", "not_finite"})
 
     every: Count = 200
     """Optimiser steps between states: a run that is killed recomputes at most this many."""
+    minutes: Positive | None = None
+    """Save also where this long has passed since the last state."""
     keep: Count = 2
-    """Newest states kept."""
+    """Newest states kept, beside the one that was best on the held-out images."""
+    not_finite: Literal["stop", "rollback"] = "stop"
+    """A loss that is NaN or infinite: `stop`, or go back to the newest state and leave that batch out (at most three
+    times a stage). Either way the batch's images are written to `not_finite.jsonl`."""
+
+
+class EngineChoice(Part):
+    """What holds the networks while they are trained, and averages their gradients over the workers."""
+
+    kind: Literal["ddp", "deepspeed"] = "ddp"
+    """`ddp`: torch's DistributedDataParallel, every worker with the whole of it. `deepspeed`: ZeRO, which shares
+    optimiser states (stage 1), gradients (2) and weights (3) out among the workers."""
+    stage: Annotated[int, Field(ge=0, le=3)] = 2
+    """ZeRO stage, for `deepspeed`."""
+    offload: bool = False
+    """For `deepspeed` at stage 1 and up: optimiser states in the CPU's memory."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_name(cls, document: Any) -> Any:
+        """`engine: deepspeed` for `engine: {kind: deepspeed}`."""
+        return {"kind": document} if isinstance(document, str) else document
+
+    @model_validator(mode="after")
+    def _offload_what_is_shared(self) -> Self:
+        if self.offload and (self.kind != "deepspeed" or self.stage == 0):
+            raise ValueError("offload = true is for kind = deepspeed at stage 1, 2 or 3")
+        return self
 
 
 class Map(Part):
@@ -134,6 +165,8 @@ class Map(Part):
 class Recipe(Part):
     """One trip from images to records."""
 
+    later = frozenset({"engine"})
+
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*)*$")
     """Name of the run; its folder is `<runs>/<name>`."""
     base: str | None = None
@@ -141,8 +174,10 @@ class Recipe(Part):
     scale: Literal["full", "small"] = "full"
     """`small` marks every record as not comparable with the paper's scale."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 where the hardware is good at it, fp16 with loss scaling on older GPUs, fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp64"] = "auto"
+    """`auto`: bf16 where the hardware of every worker is good at it, fp16 with loss scaling on older GPUs, fp32
+    elsewhere. `fp64` is for checks: what differs there is no rounding."""
+    engine: EngineChoice = EngineChoice()
     data: Data
     encoder: Encoder
     decoder: Decoder | None = None

@@ -68,6 +68,8 @@ class Schedule(Part):
 class Stage(Part):
     """What every training stage has: length, batches, rate."""
 
+    later = frozenset({"export"})
+
     epochs: Annotated[float, Field(ge=0)] | None = None
     """Passes over the training images."""
     steps: Annotated[int, Field(ge=0)] | None = None
@@ -79,6 +81,8 @@ class Stage(Part):
     lr: Positive
     """Learning rate at the schedule's factor 1."""
     schedule: Schedule = Schedule()
+    export: Literal["last", "best"] = "last"
+    """Which weights the stage is for: those of its last step, or those that were best on the held-out images."""
 
     @model_validator(mode="after")
     def _lengths(self) -> Self:
@@ -117,7 +121,7 @@ class Objective(Part):
 class Encoder(Stage):
     """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
 
-    later = frozenset({"width", "objective"})
+    later = Stage.later | {"width", "objective"}
 
     name: str
     """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
@@ -203,7 +207,7 @@ class Comparator(Part):
 class Decoder(Stage):
     """The generator that inverts the features, and its training (Adam; Sec. A4.1 of the paper's appendix)."""
 
-    later = frozenset({"normalisation", "comparator", "augment"})
+    later = Stage.later | {"normalisation", "comparator", "augment"}
 
     name: str = "mirror"
     """A network of `arae ls decoders`; `mirror` derives one from the feature and image shapes."""

@@ -1,0 +1,89 @@
+"""Commands that train and measure: train, evaluate, demo, reproduce."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from arae.cli.options import Address, Device, Overrides, RecipeName, Workers, app, one_trip, where_of
+from arae.config import load_recipe
+from arae.runs import RunFolder
+
+
+@app.command()
+def train(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    workers: Workers = None,
+    address: Address = None,
+    device: Device = None,
+) -> None:
+    """Train the recipe's encoder, then its decoder; a run that was stopped or killed goes on."""
+    loaded, where = load_recipe(recipe, overrides or ()), where_of(workers, address, device)
+    from arae.check import check
+    from arae.session import session
+
+    one_trip(loaded)
+    list(check(loaded, where.torch_device()))  # what can't be trained is said before there is a run
+
+    with session(loaded) as run:
+        run.train(where)
+        typer.echo(f"{run.folder.path}: trained; `arae evaluate {run.folder.path}` measures it")
+
+
+@app.command()
+def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = None) -> None:
+    """Measure a trained run on held-out images, into records."""
+    loaded = load_recipe(recipe, overrides or ())
+    from arae.models.autoencoder import load_autoencoder
+    from arae.report import summary
+    from arae.session import session
+
+    one_trip(loaded)
+    load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
+
+    with session(loaded, trained=True) as run:
+        records = run.evaluate(where_of(None, None, device).torch_device())
+    for line in summary(records):
+        typer.echo(line)
+    typer.echo(f"{run.folder.records}: {len(records)} records")
+
+
+@app.command()
+def demo(
+    overrides: Overrides = None,
+    workers: Annotated[int, typer.Option(help="Ray Train workers; 0 trains in this process, without Ray.")] = 2,
+    address: Address = None,
+    device: Device = None,
+) -> None:
+    """The main job in small: encode, train at several radii, invert, evaluate, report."""
+    from arae.demo import demo as run_demo
+    from arae.demo import demo_recipe
+
+    folder = run_demo(demo_recipe(overrides or []), where_of(workers or None, address, device))
+    typer.echo(f"{folder.path / 'report.html'}: open it in a browser; `arae ui` compares the runs")
+
+
+@app.command()
+def reproduce(
+    table: Annotated[str | None, typer.Argument(metavar="[ID]", help="A table, such as arae-main-T1.")] = None,
+    overrides: Overrides = None,
+    every: Annotated[bool, typer.Option("--list", help="List the tables, with state and planned cost.")] = False,
+    scale: Annotated[str, typer.Option(help="full, or small: sized for two CPU cores.")] = "full",
+    jobs: Annotated[int | None, typer.Option(help="Runs side by side; default: 2 on a CPU, 1 on a GPU.")] = None,
+    workers: Workers = None,
+    address: Address = None,
+    device: Device = None,
+) -> None:
+    """Run a table of the paper and show its figures beside ours; what was stopped goes on."""
+    from arae.launch import checkout_module
+
+    if every or table is None:
+        for line in checkout_module("benchmarks.tables.show").listing():
+            typer.echo(line)
+        return
+    where = where_of(workers, address, device)
+    module = checkout_module("benchmarks.tables.reproduce")
+    for line in module.reproduce(table, scale, overrides or [], where, jobs):
+        typer.echo(line)

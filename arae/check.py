@@ -14,7 +14,7 @@ from arae.data.images import list_folder
 from arae.data.load import Described, augmented, describe, same_kind
 from arae.errors import InputError
 from arae.models import create_encoder
-from arae.train.engine import resolve_precision
+from arae.precision import resolve_precision
 from arae.train.networks import decoding, load_comparator
 from arae.train.objectives import check_objective
 

@@ -172,7 +172,7 @@ class Networks:
         return _memory(trained + frozen, trained, trained * ADAM, average, held * micro)
 
     def disk(self) -> dict[str, int]:
-        """Bytes a run folder takes: the states kept, and the exported model."""
+        """Bytes a run folder takes: the states kept (the newest, the best, one being written), and the model."""
         keep, recipe = self.recipe.state.keep, self.recipe
         state = model = parameters(self.encoder)
         state *= 1 + SGD + bool(recipe.encoder.ema)
@@ -180,7 +180,7 @@ class Networks:
             model += parameters(self.decoder)
             average = parameters(self.decoder) * bool(recipe.decoder.ema)
             state = max(state, self._decoder_trained() * (1 + ADAM) + average)
-        return {f"states ({keep} kept)": state * FLOAT * keep, "model": model * FLOAT}
+        return {f"states ({keep} newest, the best, one being written)": state * FLOAT * (keep + 2), "model": model * FLOAT}
 
     def _compared(self) -> _Tap:
         """The network that compares features, up to its tap."""

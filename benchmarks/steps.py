@@ -21,11 +21,12 @@ import torch
 
 from arae.config import Recipe
 from arae.models import create_decoder, create_discriminator, create_encoder
+from arae.precision import resolve_precision
 from arae.train.decoder import DecoderTrainer
 from arae.train.encoder import EncoderTrainer
-from arae.train.engine import Engine, resolve_precision
-from arae.train.loop import Trainer
+from arae.train.engine import Engine
 from arae.train.micro import Micro
+from arae.train.stage import Trainer
 from benchmarks.harness import Comparison, Result, Work, measure
 
 CLASSES = 10

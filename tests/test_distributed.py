@@ -81,7 +81,7 @@ def batch(engine: Engine, size: int) -> list[Micro]:
     g = torch.Generator().manual_seed(1)
     images = torch.rand(BATCH, 3, 8, 8, generator=g).split(size)
     labels = torch.randint(0, 3, (BATCH,), generator=g).split(size)
-    return [Micro(images[i], labels[i], i) for i in engine.share(len(images), "encoder")]
+    return [Micro(images[i], labels[i], i, len(images)) for i in engine.share(len(images), "encoder")]
 
 
 def gradients(case: str, images: Path, size: int) -> dict[str, torch.Tensor]:

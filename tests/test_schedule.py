@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from arae.config import Schedule
+from arae import precision
 from arae.errors import InputError
-from arae.train import engine
 from arae.train.micro import Average
 from arae.train.schedule import factor
 
@@ -43,8 +43,8 @@ def test_average_is_the_exponential_moving_average() -> None:
         torch.nn.init.constant_(layer.weight, value)
         average.update()
         shadow = 0.9 * shadow + 0.1 * value
-    torch.testing.assert_close(average.weights()["weight"].double(), shadow, atol=1e-6, rtol=0)
-    assert torch.equal(Average(layer, 0.0).weights()["weight"], layer.weight)
+    torch.testing.assert_close(average.weights(layer.state_dict())["weight"].double(), shadow, atol=1e-6, rtol=0)
+    assert torch.equal(Average(layer, 0.0).weights(layer.state_dict())["weight"], layer.weight)
 
 
 @pytest.mark.parametrize(
@@ -60,10 +60,10 @@ def test_average_is_the_exponential_moving_average() -> None:
 )
 def test_precision(monkeypatch: pytest.MonkeyPatch, wanted: str, device: str, bf16: bool, expected: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-    monkeypatch.setattr(engine, "cpu_has_bf16", lambda: bf16)
-    assert engine.resolve_precision(wanted, torch.device(device)) == expected
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: bf16)
+    assert precision.resolve_precision(wanted, torch.device(device)) == expected
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
     with pytest.raises(InputError, match="precision=bf16"):
-        engine.resolve_precision("fp16", torch.device("cpu"))
+        precision.resolve_precision("fp16", torch.device("cpu"))

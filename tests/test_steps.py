@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 def micros(count: int, size: int = 8) -> list[Micro]:
     """Random micro-batches of 16-px images in three classes."""
     torch.manual_seed(1)
-    return [Micro(torch.rand(size, 3, 16, 16), torch.randint(0, 3, (size,)), i) for i in range(count)]
+    return [Micro(torch.rand(size, 3, 16, 16), torch.randint(0, 3, (size,)), i, count) for i in range(count)]
 
 
 def networks(recipe: Recipe) -> tuple[Encoder, torch.nn.Module, torch.nn.Module]:
@@ -119,7 +120,7 @@ def test_a_decoder_step_is_the_plain_gan_step(tiny_npz: Path, normalisation: str
         recipe, encoder, generator, discriminator, Engine(CPU, "fp32"), total=10, comparator=comparator
     )
     # Adam makes a whole step of a gradient that is all rounding (a feature that is zero throughout), but for its eps.
-    for optimizer in (trainer.d_optimizer, trainer.optimizer):
+    for optimizer in (trainer.critic.optimizer, trainer.learner.optimizer):
         optimizer.param_groups[0]["eps"] = 1e-4
     optimizers = [
         torch.optim.Adam(plain_d.parameters(), recipe.decoder.discriminator_lr, (0.0, 0.9), eps=1e-4),
@@ -193,7 +194,7 @@ def test_running_statistics_are_the_mean_over_the_steps_micro_batches(tiny_npz: 
         state = {**generator.state_dict(), **{f"d.{k}": v for k, v in discriminator.state_dict().items()}}
         return {k: v for k, v in state.items() if "running" in k or k.endswith(("_u", "_v", "num_batches_tracked"))}
 
-    together, alone = after(batch), [after([micro]) for micro in batch]
+    together, alone = after(batch), [after([replace(micro, of=1)]) for micro in batch]
     assert {k.split(".")[-1] for k in together} >= {"running_mean", "running_var", "num_batches_tracked", "_u", "_v"}
     for key, value in together.items():
         if key.startswith("d."):

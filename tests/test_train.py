@@ -109,8 +109,18 @@ def test_workers_that_cannot_share_the_batch_are_told_how() -> None:
     engine = Engine(CPU, "fp32")
     engine.size, engine.rank = 3, 1
     with pytest.raises(InputError, match=r"encoder\.micro_batch"):
-        engine.share(4, "encoder")
+        engine.share(2, "encoder")
     assert engine.share(6, "encoder") == range(2, 4)
+
+
+@pytest.mark.parametrize(("micro_batches", "workers"), [(1, 1), (3, 3), (4, 3), (8, 3), (7, 4), (1024, 9)])
+def test_every_micro_batch_is_one_workers_and_none_has_much_more(micro_batches: int, workers: int) -> None:
+    engine, shares = Engine(CPU, "fp32"), []
+    engine.size = workers
+    for engine.rank in range(workers):
+        shares.append(engine.share(micro_batches, "encoder"))
+    assert [i for share in shares for i in share] == list(range(micro_batches))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_the_data_order_is_that_of_the_stream(tiny_npz: Path) -> None:

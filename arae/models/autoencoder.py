@@ -153,8 +153,8 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a safetensors file ({error})") from None
 
 
-def load_encoder(folder: Path, config: Mapping[str, Any]) -> Encoder:
-    """The encoder of a model folder, on the CPU."""
+def load_encoder(folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Encoder:
+    """The encoder of a model folder, on the CPU, its weights in `dtype`."""
     entry = config["encoder"]
     channels, size, _ = config["image_shape"]
     encoder = create_encoder(
@@ -164,7 +164,7 @@ def load_encoder(folder: Path, config: Mapping[str, Any]) -> Encoder:
         image_size=size,
         width=entry.get("width", 1.0),  # models of before there were widths have none
     )
-    encoder.load_state_dict(load_weights(folder / "encoder.safetensors", entry["sha256"]))
+    encoder.to(dtype).load_state_dict(load_weights(folder / "encoder.safetensors", entry["sha256"]))
     return encoder
 
 
@@ -173,7 +173,9 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
 
     Raises InputError where there is no model, or its files are damaged.
     """
-    folder = Path(path)
+    from arae.storage import fetched
+
+    folder = fetched(path)
     folder = folder / "model" if (folder / "model").is_dir() else folder
     config = read_config(folder)
     if config is None or "encoder" not in config:

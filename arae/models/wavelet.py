@@ -18,6 +18,7 @@ from arae.models.blocks import Decoder, Shapes, conv, finish, show
 from arae.models.classifiers import alexnet
 from arae.models.registry import Shape, checked_shape
 from arae.models.taps import IMAGENET_MEAN, IMAGENET_STD, Encoder
+from arae.precision import full
 
 CHANNELS = (256, 192, 64)  # of the maps that are pooled, from the code outwards
 
@@ -34,9 +35,9 @@ class WaveletCode(NamedTuple):
     high1: Tensor
     """[N, 3·64, 4h + 3, 4w + 3], of the pooling after conv1."""
 
-    def float(self) -> WaveletCode:
-        """The same in single precision."""
-        return WaveletCode(*(part.float() for part in self))
+    def full(self) -> WaveletCode:
+        """The same in the precision of losses."""
+        return WaveletCode(*(full(part) for part in self))
 
 
 def haar_analysis(x: Tensor) -> tuple[Tensor, Tensor]:

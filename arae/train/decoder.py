@@ -14,6 +14,7 @@ keeps its own normalisation.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,12 +23,13 @@ from torch import Tensor, nn
 from arae.config import Losses, Recipe
 from arae.models.encoder import Encoder
 from arae.models.wavelet import WaveletCode
+from arae.precision import full
 from arae.seeds import mix
 from arae.train import losses
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
 from arae.train.networks import code
-from arae.train.schedule import factor, set_rate
+from arae.train.schedule import factor
 
 
 class Codes(NamedTuple):
@@ -73,20 +75,19 @@ class DecoderTrainer:
             assert comparator is not None, "the recipe has a comparator"
             self.comparator = engine.place(comparator).eval().requires_grad_(False)
             self.compared_layer = self.part.comparator.layer
-        self.generator = engine.place(generator)
-        self.wrapped = engine.wrap(self.generator)
-        betas, decay = (float(self.part.betas[0]), float(self.part.betas[1])), self.part.weight_decay
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), self.part.lr, betas, weight_decay=decay)
-        self.scaler, self.buffers = engine.scaler(), StepBuffers(self.generator)
-        self.average = Average(self.generator, self.part.ema)
+        betas = (float(self.part.betas[0]), float(self.part.betas[1]))
+        adam = partial(torch.optim.Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)
+        self.generator = generator
+        self.learner = engine.learner(generator, adam)
+        self.buffers = StepBuffers(self.generator)
+        with self.learner.whole():
+            self.average = Average(self.generator, self.part.ema)
         self.discriminator: nn.Module | None = None
         if self.weights.adversarial:
             assert discriminator is not None, "an adversarial loss needs a discriminator"
-            self.discriminator = engine.place(discriminator)
-            self.d_wrapped = engine.wrap(self.discriminator)
-            rate = self.part.discriminator_lr
-            self.d_optimizer = torch.optim.Adam(self.discriminator.parameters(), rate, betas, weight_decay=decay)
-            self.d_scaler, self.d_buffers = engine.scaler(), StepBuffers(self.discriminator)
+            self.discriminator = discriminator
+            self.critic = engine.learner(discriminator, adam)
+            self.d_buffers = StepBuffers(self.discriminator)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """One discriminator and one generator step on a batch; returns each loss, mean over the micro-batches."""
@@ -97,12 +98,13 @@ class DecoderTrainer:
         once = self._reconstruct(codes[0].decoded) if len(micros) == 1 else None
         seen: dict[str, Tensor] = {}
         if self.discriminator is not None:
-            set_rate(self.d_optimizer, self.part.discriminator_lr * scale)
+            self.critic.start(self.part.discriminator_lr * scale)
             seen |= self._discriminator_step(step, micros, codes, once)
-        set_rate(self.optimizer, self.part.lr * scale)
+        self.learner.start(self.part.lr * scale)
         seen |= self._generator_step(step, micros, codes, once)
-        self.buffers.end(self.engine)
-        self.average.update()
+        self.buffers.end(self.engine, micros[0].of / self.engine.size)
+        with self.learner.whole():
+            self.average.update()
         return seen
 
     @torch.no_grad()
@@ -111,11 +113,11 @@ class DecoderTrainer:
             decoded = code(self.encoder, images, self.part_layer)
             if self.comparator is self.encoder or not (self.weights.feature or self.discriminator):
                 return Codes(decoded, decoded.code if isinstance(decoded, WaveletCode) else decoded)
-            return Codes(decoded, self.comparator.features(images, self.compared_layer).float())
+            return Codes(decoded, full(self.comparator.features(images, self.compared_layer)))
 
     def _reconstruct(self, features: Tensor | WaveletCode) -> Tensor:
         with self.engine.autocast():
-            return self.wrapped(features).float()
+            return full(self.learner(features))
 
     @property
     def part_layer(self) -> str | None:
@@ -127,29 +129,28 @@ class DecoderTrainer:
     ) -> dict[str, Tensor]:
         assert self.discriminator is not None
         self.discriminator.train().requires_grad_(True)
-        self.d_optimizer.zero_grad(set_to_none=True)
         self.d_buffers.begin()
-        seen = []
+        seen, share = [], micros[0].of / self.engine.size
         for micro, coded in zip(micros, codes, strict=True):
             fake = once.detach() if once is not None else self._fake(coded.decoded)
+            last = micro is micros[-1]
             torch.manual_seed(mix(self.recipe.seed, "discriminator", step, micro.index))  # dropout
-            with self.engine.accumulating(self.d_wrapped, last=micro is micros[-1]):
+            with self.critic.accumulating(last=last):
                 with self.engine.autocast():
                     both = torch.cat([micro.images, fake])
-                    real_logits, fake_logits = self.d_wrapped(both, coded.compared).chunk(2)
+                    real_logits, fake_logits = self.critic(both, coded.compared).chunk(2)
                 loss = losses.discriminator(real_logits, fake_logits)
-                self.d_scaler.scale(self.weights.discriminator * loss / len(micros)).backward()
+                self.critic.backward(self.weights.discriminator * loss / share, last=last)
             self.d_buffers.keep()
             seen.append(loss.detach())
-        self.d_scaler.step(self.d_optimizer)
-        self.d_scaler.update()
-        self.d_buffers.end(self.engine)
-        return {"discriminator_loss": torch.stack(seen).mean()}
+        self.critic.update()
+        self.d_buffers.end(self.engine, share)
+        return {"discriminator_loss": torch.stack(seen).sum() / share}
 
     @torch.no_grad()
     def _fake(self, features: Tensor | WaveletCode) -> Tensor:
         with self.engine.autocast():
-            fake = self.generator(features).float()
+            fake = full(self.generator(features))
         self.buffers.drop()  # the generator's own half of the step counts, this pass does not
         return fake
 
@@ -159,25 +160,24 @@ class DecoderTrainer:
         if self.discriminator is not None:
             # Its weight gradients are not wanted here, and the group must not wait for them.
             self.discriminator.requires_grad_(False)
-        self.optimizer.zero_grad(set_to_none=True)
         if self.discriminator is not None:
             self.d_buffers.begin()
-        seen = []
+        seen, share = [], micros[0].of / self.engine.size
         for micro, coded in zip(micros, codes, strict=True):
-            with self.engine.accumulating(self.wrapped, last=micro is micros[-1]):
+            last = micro is micros[-1]
+            with self.learner.accumulating(last=last):
                 fake = once if once is not None else self._reconstruct(coded.decoded)
                 torch.manual_seed(mix(self.recipe.seed, "generator", step, micro.index))  # dropout
                 terms = self._terms(micro.images, coded.compared, fake)
-                self.scaler.scale(terms["loss"] / len(micros)).backward()
+                self.learner.backward(terms["loss"] / share, last=last)
             self.buffers.keep()
             if self.discriminator is not None:
                 self.d_buffers.keep()
             seen.append({key: value.detach() for key, value in terms.items()})
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        self.learner.update()
         if self.discriminator is not None:
-            self.d_buffers.end(self.engine)
-        return {key: torch.stack([one[key] for one in seen]).mean() for key in seen[0]}
+            self.d_buffers.end(self.engine, share)
+        return {key: torch.stack([one[key] for one in seen]).sum() / share for key in seen[0]}
 
     def _terms(self, images: Tensor, compared: Tensor, fake: Tensor) -> dict[str, Tensor]:
         """Eq. 3: the weighted sum as `loss`, and each term by its name."""
@@ -186,7 +186,7 @@ class DecoderTrainer:
         total = weights.pixel * terms["pixel"]
         if weights.feature:
             with self.engine.autocast():
-                again = self.comparator.features(fake, self.compared_layer).float()
+                again = full(self.comparator.features(fake, self.compared_layer))
             terms["feature"] = losses.feature(again, compared)
             total = total + weights.feature * terms["feature"]
         if self.discriminator is not None:
@@ -198,29 +198,29 @@ class DecoderTrainer:
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on, the encoder aside; random numbers depend on their address alone."""
+        learnt = self.learner.state()
         state: dict[str, Any] = {
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "generator": learnt["weights"],
+            "optimizer": learnt["optimizer"],
+            "scaler": learnt["scaler"],
             "average": self.average.state(),
         }
         if self.discriminator is not None:
-            state["discriminator"] = self.discriminator.state_dict()
-            state["d_optimizer"] = self.d_optimizer.state_dict()
-            state["d_scaler"] = self.d_scaler.state_dict()
+            learnt = self.critic.state()
+            state["discriminator"] = learnt["weights"]
+            state["d_optimizer"] = learnt["optimizer"]
+            state["d_scaler"] = learnt["scaler"]
         return state
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set all of `state()` back."""
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        learnt = {"weights": state["generator"], "optimizer": state["optimizer"], "scaler": state["scaler"]}
+        self.learner.restore(learnt)
         self.average.restore(state["average"])
         if self.discriminator is not None:
-            self.discriminator.load_state_dict(state["discriminator"])
-            self.d_optimizer.load_state_dict(state["d_optimizer"])
-            self.d_scaler.load_state_dict(state["d_scaler"])
+            weights, optimizer, scaler = state["discriminator"], state["d_optimizer"], state["d_scaler"]
+            self.critic.restore({"weights": weights, "optimizer": optimizer, "scaler": scaler})
 
     def exported(self) -> dict[str, Tensor]:
         """The generator's weights to keep: the moving average where there is one."""
-        return self.average.weights()
+        return self.average.weights(self.learner.state()["weights"])

@@ -7,11 +7,11 @@ clean one first, as in the authors' code, so batch norm does not mix them; its r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from arae.attacks.gradient import perturb
 from arae.config import Recipe
@@ -20,7 +20,7 @@ from arae.seeds import mix
 from arae.train import losses, objectives
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
-from arae.train.schedule import factor, set_rate
+from arae.train.schedule import factor
 
 
 class EncoderTrainer:
@@ -34,39 +34,39 @@ class EncoderTrainer:
         self.recipe, self.part, self.engine, self.total = recipe, recipe.encoder, engine, total
         self.kind = self.part.objective.kind if self.part.attack.eps else "at"
         self.beta = self.part.objective.beta or objectives.BETA.get(self.kind, 0.0)
-        self.model = engine.place(model)
-        self.wrapped = engine.wrap(self.model)
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay
-        )
-        self.scaler = engine.scaler()
+        self.model = model
+        self.learner = engine.learner(model, self._optimizer)
         self.buffers = StepBuffers(self.model)
-        self.average = Average(self.model, self.part.ema)
+        with self.learner.whole():
+            self.average = Average(self.model, self.part.ema)
+
+    def _optimizer(self, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+        return torch.optim.SGD(weights, self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""
         self.model.train()
-        set_rate(self.optimizer, self.part.lr * factor(self.part.schedule, step, self.total))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.learner.start(self.part.lr * factor(self.part.schedule, step, self.total))
         self.buffers.begin()
-        seen = [self._descend(step, micro, len(micros), last=micro is micros[-1]) for micro in micros]
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.buffers.end(self.engine)
-        self.average.update()
-        return {key: torch.stack([one[key] for one in seen]).mean() for key in seen[0]}
+        share = micros[0].of / self.engine.size
+        seen = [self._descend(step, micro, share, last=micro is micros[-1]) for micro in micros]
+        self.learner.update()
+        self.buffers.end(self.engine, share)
+        with self.learner.whole():
+            self.average.update()
+        return {key: torch.stack([one[key] for one in seen]).sum() / share for key in seen[0]}
 
-    def _descend(self, step: int, micro: Micro, count: int, *, last: bool) -> dict[str, Tensor]:
+    def _descend(self, step: int, micro: Micro, share: float, *, last: bool) -> dict[str, Tensor]:
         seed = mix(self.recipe.seed, "encoder", step, micro.index)
         with self.engine.autocast():
             attacked, weights = self._attack(step, micro, torch.Generator(self.engine.device).manual_seed(seed))
         torch.manual_seed(seed)  # dropout
-        with self.engine.accumulating(self.wrapped, last=last):
+        with self.learner.accumulating(last=last):
             with self.engine.autocast():
-                clean = self.wrapped(micro.images) if self.kind in ("trades", "mart") else None
-                logits = self.wrapped(attacked)
+                clean = self.learner(micro.images) if self.kind in ("trades", "mart") else None
+                logits = self.learner(attacked)
             loss = self._loss(clean, logits, micro.labels, weights)
-            self.scaler.scale(loss / count).backward()
+            self.learner.backward(loss / share, last=last)
         self.buffers.keep()
         hits = (logits.detach().argmax(1) == micro.labels).float().mean()
         return {"loss": loss.detach(), "train_accuracy": hits}
@@ -91,20 +91,19 @@ class EncoderTrainer:
 
     def state(self) -> dict[str, Any]:
         """Everything the next step depends on; the random numbers depend on (seed, step, micro-batch) alone."""
+        learnt = self.learner.state()
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "model": learnt["weights"],
+            "optimizer": learnt["optimizer"],
+            "scaler": learnt["scaler"],
             "average": self.average.state(),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set all of `state()` back."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        self.learner.restore({"weights": state["model"], "optimizer": state["optimizer"], "scaler": state["scaler"]})
         self.average.restore(state["average"])
 
     def exported(self) -> dict[str, Tensor]:
         """The weights to keep: the moving average where there is one."""
-        return self.average.weights()
+        return self.average.weights(self.learner.state()["weights"])

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 
+from arae.config import EngineChoice
 from arae.errors import InputError
+from arae.precision import DTYPES, WEAKEST, resolve_precision
+from arae.train.learner import Learner, MakeOptimizer, Plain
 
 Network = TypeVar("Network", bound=nn.Module)
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def default_device() -> torch.device:
@@ -24,54 +26,71 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def cpu_has_bf16() -> bool:
-    """Whether the processor multiplies in bfloat16 (AVX-512 BF16 or AMX); False where that can't be told."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text().partition("flags")[2].partition("\n")[0].split()
-    except OSError:
-        return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
-
-
-def resolve_precision(wanted: str, device: torch.device) -> str:
-    """`auto` as bf16, fp16 or fp32 for this device; anything else as it is.
-
-    InputError for fp16 on a CPU, where loss scaling has no kernels to win anything with.
-    """
-    if wanted == "fp16" and device.type != "cuda":
-        raise InputError("precision = fp16 needs a GPU: write precision=bf16 or precision=fp32")
-    if wanted != "auto":
-        return wanted
-    if device.type == "cuda":
-        # A V100 emulates bf16 and says so only when asked not to count that.
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
-
-
 def check_share(micro_batches: int, workers: int, what: str) -> None:
-    """InputError where a stage's micro-batches can't be shared evenly; `what` is `encoder` or `decoder`."""
-    if micro_batches % workers:
+    """InputError where a stage has fewer micro-batches than workers; `what` is `encoder` or `decoder`."""
+    if micro_batches < workers:
         raise InputError(
-            f"{what}: {workers} workers can't share {micro_batches} micro-batch(es) a step; "
-            f"set {what}.micro_batch so that batch / micro_batch is a multiple of {workers}"
+            f"{what}: {workers} workers can't share {micro_batches} micro-batch(es) a step; take --workers "
+            f"{micro_batches}, or set {what}.micro_batch so that batch / micro_batch is {workers} or more"
         )
 
 
 class Engine:
     """One worker's view of the group: its rank, its device, its precision."""
 
-    def __init__(self, device: torch.device, precision: str) -> None:
-        """Join the process group where one is initialised; `precision` is a recipe's."""
+    def __init__(self, device: torch.device, precision: str, choice: EngineChoice | None = None) -> None:
+        """Join the process group where one is initialised; `precision` is a recipe's, `choice` its engine."""
         self.device = device
-        self.precision = resolve_precision(precision, device)
-        self.dtype = DTYPES[self.precision]
+        self.choice = choice or EngineChoice()
         self.parallel = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.parallel else 0
         self.size = dist.get_world_size() if self.parallel else 1
+        self.mixed = False
+        """Whether the workers' devices would have chosen different precisions."""
+        self.own = resolve_precision(precision, device)
+        """What this worker's device would choose."""
+        self.precision = self._agreed(self.own)
+        self.dtype = DTYPES[self.precision]
+        self.images_dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
+        """What images, weights and losses are in; only the networks' inner work is in `dtype`."""
+        self._begun, self._work, self._met = 0.0, 0.0, True
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _agreed(self, own: str) -> str:
+        """The group's precision: that of its weakest device. Each step is one computation, on whatever it is made."""
+        if self.size == 1 or own not in WEAKEST:
+            return own
+        found = torch.zeros(len(WEAKEST), device=self.device)
+        found[WEAKEST.index(own)] = 1
+        dist.all_reduce(found)
+        present = [name for name, count in zip(WEAKEST, found.tolist(), strict=True) if count]
+        self.mixed = len(present) > 1
+        return present[0]
+
+    def go_on_in(self, begun: str | None, wanted: str) -> None:
+        """Keep to the precision that a stage was `begun` in, where `wanted` is auto and every worker has it.
+
+        After a restart the group may be of other devices; what would be best for them now is not what was begun.
+        """
+        begun = self.told(begun)
+        if begun is None or wanted != "auto" or begun not in WEAKEST:
+            return
+        lacks = begun != "fp32" and begun != self.own and not (begun == "fp16" and self.device.type == "cuda")
+        if not self.any(lacks)[0]:
+            self.precision, self.dtype = begun, DTYPES[begun]
 
     def place(self, module: Network) -> Network:
         """The module on the device, in the memory layout its convolutions are fastest in."""
-        return module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        placed = module.to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return placed.double() if self.images_dtype == torch.float64 else placed
+
+    def learner(self, module: nn.Module, make_optimizer: MakeOptimizer) -> Learner:
+        """The network under training by the recipe's engine; `make_optimizer` gets its parameters."""
+        if self.choice.kind == "deepspeed":
+            from arae.train.zero import Zero
+
+            return Zero(module, make_optimizer, self)
+        return Plain(module, make_optimizer, self)
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module with gradients averaged over the group; itself in a group of one."""
@@ -79,11 +98,19 @@ class Engine:
             return module
         ids = [self.device.index] if self.device.type == "cuda" else None
         # Buffers are ours to average (StepBuffers): broadcasting rank 0's would forget the others' batches.
-        return DistributedDataParallel(module, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        # Unused parameters are looked for though there are none: DDP would else put its buckets into another order
+        # after the first step, a ring sums in the order of the bucket, and a run that goes on would lose its last bits.
+        return DistributedDataParallel(
+            module,
+            device_ids=ids,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,
+            find_unused_parameters=True,
+        )
 
     def autocast(self) -> AbstractContextManager[object]:
         """Low precision for the networks; losses and images stay in float32."""
-        if self.dtype == torch.float32:
+        if self.dtype == self.images_dtype:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
@@ -91,17 +118,10 @@ class Engine:
         """Loss scaling for one optimiser; does nothing but in fp16."""
         return torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
 
-    def accumulating(self, module: nn.Module, *, last: bool) -> AbstractContextManager[object]:
-        """Around a backward pass: the group talks only for the last micro-batch of a step."""
-        if last or not isinstance(module, DistributedDataParallel):
-            return nullcontext()
-        return module.no_sync()
-
     def share(self, micro_batches: int, what: str) -> range:
-        """Which micro-batches of a step are this worker's; InputError where they can't be shared evenly."""
+        """Which micro-batches of a step are this worker's, as even as can be; InputError where there are too few."""
         check_share(micro_batches, self.size, what)
-        own = micro_batches // self.size
-        return range(self.rank * own, (self.rank + 1) * own)
+        return range(self.rank * micro_batches // self.size, (self.rank + 1) * micro_batches // self.size)
 
     def mean(self, values: Tensor) -> Tensor:
         """The mean over the group, in place."""
@@ -110,18 +130,65 @@ class Engine:
             values /= self.size
         return values
 
-    def any(self, *, flag: bool) -> bool:
-        """Whether any worker's flag is up; every worker must call it."""
+    def largest(self, values: Tensor) -> Tensor:
+        """The largest over the group, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, values: Tensor) -> Tensor:
+        """Every worker's [k] as [workers, k]."""
         if self.size == 1:
-            return flag
-        value = torch.tensor(float(flag), device=self.device)
-        dist.all_reduce(value, op=dist.ReduceOp.MAX)
-        return bool(value.item())
+            return values[None]
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values)
+        return torch.stack(parts)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """For each flag, whether any worker's is up; every worker must call it."""
+        if self.size == 1:
+            return flags
+        return tuple(bool(v) for v in self.largest(torch.tensor(flags, dtype=torch.float32, device=self.device)))
+
+    def told(self, value: Any) -> Any:
+        """Rank 0's value (tensors, numbers, text and what holds them), on every worker."""
+        if self.size == 1:
+            return value
+        held = [value]
+        dist.broadcast_object_list(held, device=self.device)
+        return held[0]
 
     def barrier(self) -> None:
         """Wait for all workers."""
         if self.size > 1:
             dist.barrier()
+
+    def begin(self) -> None:
+        """A step begins: this worker's own work is counted from here."""
+        self._met, self._begun = False, time.perf_counter()
+        if self.device.type == "cuda":
+            self._started = torch.cuda.Event(enable_timing=True)
+            self._started.record()
+
+    def meet(self) -> None:
+        """The workers are about to meet, for the first time in a step: what came since `begin` was this one's own."""
+        if self._met:
+            return
+        self._met = True
+        if self.device.type == "cuda":
+            met = torch.cuda.Event(enable_timing=True)
+            met.record()
+            self._events.append((self._started, met))
+        else:
+            self._work += time.perf_counter() - self._begun
+
+    def work(self) -> float:
+        """Seconds of this worker's own work since the last call: what makes one worker slower than the others."""
+        seconds, events = self._work, self._events
+        self._work, self._events = 0.0, []
+        if events:
+            events[-1][1].synchronize()
+        return seconds + sum(started.elapsed_time(met) for started, met in events) / 1000
 
 
 class StepBuffers:
@@ -139,13 +206,11 @@ class StepBuffers:
         self._counts: list[Tensor] = []
         self._start: list[Tensor] = []
         self._sum: list[Tensor] = []
-        self._count = 0
 
     def begin(self) -> None:
         """Remember the buffers as of the step's start."""
         self._start = [b.clone() for b in self.buffers]
         self._sum = [torch.zeros_like(b) for b in self.buffers]
-        self._count = 0
         self._counts = [c + 1 for c in self._counters]  # a step counts once, however it is cut
 
     def keep(self) -> None:
@@ -153,20 +218,22 @@ class StepBuffers:
         for buffer, start, total in zip(self.buffers, self._start, self._sum, strict=True):
             total += buffer
             buffer.copy_(start)
-        self._count += 1
 
     def drop(self) -> None:
         """Set the buffers back to the step's start without counting the pass."""
         for buffer, start in zip(self.buffers, self._start, strict=True):
             buffer.copy_(start)
 
-    def end(self, engine: Engine) -> None:
-        """Leave the mean over the step's micro-batches and workers in the buffers."""
+    def end(self, engine: Engine, share: float) -> None:
+        """Leave the mean over the step's micro-batches and workers in the buffers.
+
+        share: micro-batches of the step over workers, by which each worker's sum is divided before the mean of all.
+        """
         if not self.buffers:
             return
         for counter, count in zip(self._counters, self._counts, strict=True):
             counter.copy_(count)
-        flat = torch.cat([total.flatten() for total in self._sum]) / self._count
+        flat = torch.cat([total.flatten() for total in self._sum]) / share
         engine.mean(flat)
         for buffer, part in zip(self.buffers, flat.split([b.numel() for b in self.buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))

@@ -4,136 +4,108 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from arae.config import Data, Recipe, Stage
 from arae.data.augment import augment
-from arae.data.load import Source, stream
-from arae.errors import AraeError, InputError, Stopped
-from arae.runs import RunFolder
+from arae.data.load import stream
+from arae.errors import Stopped
 from arae.seeds import mix
-from arae.train.engine import Engine
-from arae.train.log import Log
+from arae.train import faults
+from arae.train.course import Course, go_back, resume, take_best
+from arae.train.meter import Meter, hosts_of
 from arae.train.micro import Micro
-from arae.train.state import newest_state, save_state
+from arae.train.saving import Saver
+from arae.train.stage import Fit, Trainer, digest_of_stage, order_seed
+from arae.train.state import Saved
 
-
-class Trainer(Protocol):
-    """One stage's networks and optimisers."""
-
-    name: str
-
-    def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
-        """One optimiser step on this worker's micro-batches; returns scalars to report."""
-        ...
-
-    def state(self) -> dict[str, Any]:
-        """Everything the next step depends on."""
-        ...
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Set `state()` back."""
-        ...
-
-    def exported(self) -> dict[str, Tensor]:
-        """The weights the stage is for."""
-        ...
-
-
-@dataclass
-class Fit:
-    """What a stage is run with."""
-
-    recipe: Recipe
-    part: Stage
-    data: Data
-    """The recipe's, with the stage's own augmentation."""
-    folder: RunFolder
-    source: Source
-    engine: Engine
-    log: Log
-    total: int
-    images: str
-    """Fingerprint of the training images; a state goes on with no others."""
-    validate: Callable[[int], dict[str, float]]
-    """Measures on held-out images after a step; rank 0 alone calls it."""
-    stop: Callable[[], bool]
-    """Whether somebody asked to save and stop."""
+SCORES = ("robust_accuracy", "clean_accuracy", "psnr")  # of what is measured, the first there is; higher is better
+WORD_S = 1.0  # how often, about, the workers agree whether to stop or to save
 
 
 def fit(trainer: Trainer, run: Fit) -> float:
     """Train a stage from its newest state to its end; returns the seconds its steps took, earlier runs counted in.
 
-    Raises Stopped after saving where a stop was asked for; AraeError where the loss is no number.
+    Raises Stopped after saving where a stop was asked for; AraeError where the loss is no number; InputError where a
+    step does not fit into the device's memory; OSError where the state can't be written.
     """
-    first, before = resume(trainer, run)
-    batches = micro_batches(trainer.name, run, first)
-    interval = max(1, min(50, run.total // 50))
-    meter = Meter(run.engine, before)
-    for step in range(first, run.total):
-        micros = [next(batches) for _ in range(run.part.batch // run.part.micro // run.engine.size)]
-        meter.add(trainer.step(step, micros), images=run.part.batch)
-        done = step + 1
-        at_interval = done % interval == 0 or done == run.total
-        if at_interval:
-            report(trainer.name, run, done, meter)
-        if ends_epoch(run, done):
-            with meter.paused():
-                check(trainer.name, run, done, meter)
-        # Workers must agree to stop, which costs them a word; one alone may look at every step.
-        stopping = (at_interval or run.engine.size == 1) and run.engine.any(flag=run.stop())
-        if done % run.recipe.state.every == 0 or stopping or done == run.total:
-            with meter.paused():
-                save(trainer, run, done, meter)
-        if stopping and done < run.total:
-            raise Stopped(
-                f"stopped at step {done} of {run.total} of the {trainer.name}; the same command goes on from there"
-            )
+    course = resume(trainer, run)
+    with Saver(
+        run.folder.state,
+        stage=trainer.name,
+        digest=digest_of_stage(trainer.name, run),
+        keep=run.recipe.state.keep,
+        tell=lambda saved, seconds: tell_saved(run, course, saved, seconds),
+    ) as saver:
+        meter = Meter(run.engine, course.seconds, hosts_of(run.engine))
+        if run.recipe.state.not_finite == "rollback" and not course.step:
+            save(trainer, run, course, meter, saver)  # there must be something to go back to
+        while True:
+            try:
+                advance(trainer, run, course, meter, saver)
+                break
+            except faults.LostNumbers as lost:
+                saver.wait()
+                course = go_back(trainer, run, course, lost)
+                meter.restart()
+    if run.part.export == "best":
+        take_best(trainer, run)
     return meter.seconds
 
 
-def resume(trainer: Trainer, run: Fit) -> tuple[int, float]:
-    """Set the newest state back, if there is one; returns the first step to make and the seconds spent so far."""
-    found = newest_state(run.folder.state, trainer.name, run.log.note)
-    if found is None:
-        return 0, 0.0
-    saved, payload = found
-    if saved.digest != run.recipe.stage_digest("encoder" if trainer.name == "encoder" else "decoder"):
-        raise InputError(
-            f"{run.folder.path}: its state is of another recipe (data, seed or {trainer.name} differ); "
-            "give this run another name=… or delete the folder"
-        )
-    if payload["images"] != run.images:
-        raise InputError(
-            f"{run.folder.path}: its state was trained on other images than data.train holds now; "
-            "put those back, give this run another name=… or delete the folder"
-        )
-    if payload["precision"] != run.engine.precision:
-        raise InputError(
-            f"{run.folder.path}: its {trainer.name} was begun in {payload['precision']}, and here it would go on in "
-            f"{run.engine.precision}: add precision={payload['precision']}"
-        )
-    trainer.restore(payload["trainer"])
-    run.log.note(f"resumed the {trainer.name} at step {saved.step} of {run.total}")
-    return saved.step, payload["seconds"]
+def advance(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Saver) -> None:
+    """The steps from `course.step` on, to the stage's end."""
+    batches = micro_batches(trainer.name, run, course.step)
+    own = len(run.engine.share(run.part.batch // run.part.micro, trainer.name))
+    saved_at, word_every = time.monotonic(), 1
+    for step in range(course.step, run.total):
+        with meter.waiting():
+            micros = [next(batches) for _ in range(own)]
+        if step not in course.left_out:
+            run.engine.begin()
+            with faults.memory_told(run.recipe, trainer.name, run.source, run.engine):
+                meter.add(step, trainer.step(step, micros), own * run.part.micro)
+        done = course.step = step + 1
+        saver.check()
+        at_interval = done % run.interval == 0 or done == run.total
+        if at_interval and meter.steps:
+            report(trainer.name, run, done, meter)
+            word_every = max(1, min(run.interval, int(WORD_S / meter.step_s)))
+        score = check(trainer.name, run, done, meter) if ends_epoch(run, done) else None
+        # Workers must agree to stop or to save, which costs them a word: about one a second.
+        stopping = late = False
+        if at_interval or done % word_every == 0:
+            stopping, late = run.engine.any(run.stop(), is_late(run, saved_at))
+        better = score is not None and (course.best is None or score > course.best)
+        if done % run.recipe.state.every == 0 or stopping or late or better or done == run.total:
+            save(trainer, run, course, meter, saver, score)
+            saved_at = time.monotonic()
+        if stopping and done < run.total:
+            saver.wait()
+            raise Stopped(
+                f"stopped at step {done} of {run.total} of the {trainer.name}; the same command goes on from there"
+            )
+
+
+def is_late(run: Fit, saved_at: float) -> bool:
+    """Whether the recipe's minutes have passed since the last state; by rank 0's clock."""
+    minutes = run.recipe.state.minutes
+    return run.log.active and minutes is not None and time.monotonic() - saved_at > 60 * minutes
 
 
 def micro_batches(stage: str, run: Fit, first: int) -> Iterator[Micro]:
     """This worker's micro-batches from step `first` on, augmented, in order."""
     per_step = run.part.batch // run.part.micro
     own = run.engine.share(per_step, stage)
-    seed = mix(run.recipe.seed, "order", stage)
     data, n = run.data, run.source.n
     chunk = max(1, n // run.part.batch)  # an epoch of ids at a time, not ninety
     for start in range(first, run.total, chunk):
         stop = min(start + chunk, run.total)
-        ids = stream(n, run.part.batch, seed, start, stop).reshape(stop - start, per_step, run.part.micro)
+        ids = stream(n, run.part.batch, order_seed(stage, run), start, stop)
+        ids = ids.reshape(stop - start, per_step, run.part.micro)
         flat = ids[:, own.start : own.stop].reshape(-1, run.part.micro)
         for i, images in enumerate(run.source.batches(flat)):
             where = torch.from_numpy(flat[i])
@@ -141,80 +113,23 @@ def micro_batches(stage: str, run: Fit, first: int) -> Iterator[Micro]:
             ready = augment(
                 images, where.to(images.device), data.augment, data.pad, mix(run.recipe.seed, "augment", stage)
             )
-            ready = ready.to(run.engine.device, memory_format=torch.channels_last)
-            yield Micro(ready, labels, own.start + i % len(own))
-
-
-class Meter:
-    """Sums of what the steps reported, kept on the device: a number is fetched once an interval, not once a step."""
-
-    def __init__(self, engine: Engine, seconds: float) -> None:
-        self.engine = engine
-        self.seconds = seconds
-        self._interval: dict[str, Tensor] = {}
-        self._steps = self._images = 0
-        self._epoch: dict[str, list[float]] = {}
-        self._busy = 0.0  # seconds of this interval's steps before the last pause
-        self._since = time.perf_counter()
-
-    def add(self, values: dict[str, Tensor], images: int) -> None:
-        """Count one step."""
-        for key, value in values.items():
-            self._interval[key] = self._interval[key] + value if key in self._interval else value.clone()
-        self._steps += 1
-        self._images += images
-
-    def interval(self) -> tuple[dict[str, float], float]:
-        """Means over the interval and the group, and images a second; starts the next interval."""
-        names = sorted(self._interval)
-        means = self.engine.mean(torch.stack([self._interval[k].float() for k in names]) / self._steps)
-        metrics = dict(zip(names, means.tolist(), strict=True))
-        for key, value in metrics.items():
-            self._epoch.setdefault(key, []).append(value)
-        self._book()
-        rate = self._images / self._busy
-        self._interval, self._steps, self._images, self._busy = {}, 0, 0, 0.0
-        return metrics, rate
-
-    def latest_loss(self) -> float:
-        """Mean loss of the interval so far, on this worker; zero where it has no steps."""
-        return self._interval["loss"].item() / self._steps if self._steps else 0.0
-
-    def epoch(self) -> dict[str, float]:
-        """Means over the intervals since the last call."""
-        means = {key: sum(values) / len(values) for key, values in self._epoch.items()}
-        self._epoch = {}
-        return means
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leave what is done inside (saving, validating) out of the rate and of the seconds."""
-        self._book()
-        yield
-        self._since = time.perf_counter()
-
-    def _book(self) -> None:
-        now = time.perf_counter()
-        self._busy += now - self._since
-        self.seconds += now - self._since
-        self._since = now
+            ready = ready.to(run.engine.device, run.engine.images_dtype, memory_format=torch.channels_last)
+            yield Micro(ready, labels, own.start + i % len(own), per_step)
 
 
 def report(stage: str, run: Fit, done: int, meter: Meter) -> None:
-    """Tell the interval's means; refuse to go on with a loss that is no number."""
-    metrics, rate = meter.interval()
-    refuse_no_number(stage, metrics["loss"], done)
-    epoch = done * run.part.batch / run.source.n
-    run.log.emit("interval", stage=stage, step=done, steps=run.total, epoch=epoch, metrics=metrics, images_per_s=rate)
+    """Tell the interval's means; raises LostNumbers where a loss is no number."""
+    refuse_no_number(meter)
+    told = meter.interval()
+    epoch, left = done * run.part.batch / run.source.n, (run.total - done) * meter.step_s
+    run.log.emit("interval", stage=stage, step=done, steps=run.total, epoch=epoch, eta_s=round(left, 3), **told)
 
 
-def refuse_no_number(stage: str, loss: float, done: int) -> None:
-    """AraeError where the loss is NaN or infinite."""
-    if not math.isfinite(loss):
-        raise AraeError(
-            f"the {stage}'s loss is {loss} at step {done}: lower {stage}.lr, or use precision=fp32, under another "
-            "name=…; the last state saved is kept"
-        )
+def refuse_no_number(meter: Meter) -> None:
+    """LostNumbers for the first step whose loss is NaN or infinite; every worker must call it."""
+    for step, loss in meter.losses():
+        if not math.isfinite(loss):
+            raise faults.LostNumbers(step, loss)
 
 
 def ends_epoch(run: Fit, done: int) -> bool:
@@ -226,24 +141,50 @@ def ends_epoch(run: Fit, done: int) -> bool:
     return (done * batch // n) // every > ((done - 1) * batch // n) // every
 
 
-def check(stage: str, run: Fit, done: int, meter: Meter) -> None:
-    """Measure on held-out images and tell it."""
-    if run.log.active:
-        measured = run.validate(done)
-        epoch = round(done * run.part.batch / run.source.n, 2)
-        run.log.emit("epoch", stage=stage, step=done, epoch=epoch, metrics=meter.epoch() | measured)
+def check(stage: str, run: Fit, done: int, meter: Meter) -> float | None:
+    """Measure on held-out images and tell it; returns the score that states are compared by, on every worker."""
+    score = None
+    with meter.paused():
+        if run.log.active:
+            measured = run.validate(done)
+            epoch = round(done * run.part.batch / run.source.n, 2)
+            run.log.emit("epoch", stage=stage, step=done, epoch=epoch, metrics=meter.epoch() | measured)
+            score = next((measured[name] for name in SCORES if name in measured), None)
+        return run.engine.told(score)
 
 
-def save(trainer: Trainer, run: Fit, done: int, meter: Meter) -> None:
-    """Write the state; rank 0 alone, for every worker has the same."""
-    if run.log.active:
-        refuse_no_number(trainer.name, meter.latest_loss(), done)  # a state of NaNs would push a good one out
-        stage = "encoder" if trainer.name == "encoder" else "decoder"
-        digest, keep = run.recipe.stage_digest(stage), run.recipe.state.keep
-        payload = {
-            "trainer": trainer.state(),
-            "seconds": meter.seconds,
-            "images": run.images,
-            "precision": run.engine.precision,
-        }
-        save_state(run.folder.state, payload, stage=stage, step=done, digest=digest, keep=keep)
+def save(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Saver, score: float | None = None) -> None:
+    """Begin to write the state; rank 0 alone, for it is of all workers. LostNumbers where it holds no numbers."""
+    with meter.saving():
+        refuse_no_number(meter)
+        state = trainer.state()
+        # The last update may have led out of the numbers, which no loss has told yet.
+        if any(run.engine.any(not all_finite(state))):
+            raise faults.LostNumbers(course.step - 1, math.nan)
+        if score is not None and (course.best is None or score > course.best):
+            course.best = score
+        if run.log.active:
+            payload = {
+                "trainer": state,
+                "seconds": meter.seconds,
+                "images": run.images,
+                "precision": run.engine.precision,
+                "left_out": course.left_out,
+                "best": course.best,
+            }
+            saver.save(payload, course.step, score)
+
+
+def all_finite(value: Any) -> bool:
+    """Whether no tensor of a state holds NaN or infinity."""
+    if isinstance(value, Tensor):
+        return not value.is_floating_point() or bool(torch.isfinite(value).all())
+    if isinstance(value, dict):
+        return all(all_finite(one) for one in value.values())
+    return all(all_finite(one) for one in value) if isinstance(value, list | tuple) else True
+
+
+def tell_saved(run: Fit, course: Course, saved: Saved, seconds: float) -> None:
+    """A state is safe on disk."""
+    best = saved.score is not None and saved.score == course.best
+    run.log.emit("state", stage=saved.stage, step=saved.step, best=best, seconds=round(seconds, 3))

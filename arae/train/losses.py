@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from arae.config import Losses, Preset
+from arae.precision import full
 
 PRESETS: dict[Preset, tuple[float, float, float]] = {
     "inversion-pixel": (2e-6, 0, 0),
@@ -30,29 +31,29 @@ prints the pixel loss's 2e-6 there)."""
 
 def classification(logits: Tensor, y: Tensor, label_smoothing: float = 0.0) -> Tensor:
     """Mean cross-entropy of logits [N, K] and class indices y [N]."""
-    return F.cross_entropy(logits.float(), y, label_smoothing=label_smoothing)
+    return F.cross_entropy(full(logits), y, label_smoothing=label_smoothing)
 
 
 def pixel(x_hat: Tensor, x: Tensor, norm: Literal["l1", "l2"] = "l1") -> Tensor:
     """Eq. 4: mean over batch and elements of |x̂ - x| (l1) or (x̂ - x)² (l2), for images [N, C, H, W] in [0, 1]."""
     _same_shape(x_hat, x)
-    return F.l1_loss(x_hat.float(), x.float()) if norm == "l1" else F.mse_loss(x_hat.float(), x.float())
+    return F.l1_loss(full(x_hat), full(x)) if norm == "l1" else F.mse_loss(full(x_hat), full(x))
 
 
 def feature(f_hat: Tensor, f: Tensor) -> Tensor:
     """Eq. 5: mean over batch and elements of (f̂ - f)², features of the reconstruction and of the image."""
     _same_shape(f_hat, f)
-    return F.mse_loss(f_hat.float(), f.float())
+    return F.mse_loss(full(f_hat), full(f))
 
 
 def adversarial(fake_logits: Tensor) -> Tensor:
     """Eq. 6: mean of -log D(reconstruction), from logits [N]; the generator's loss."""
-    return F.softplus(-fake_logits.float()).mean()
+    return F.softplus(-full(fake_logits)).mean()
 
 
 def discriminator(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
     """Eq. 7: mean of -log D(real) plus mean of -log(1 - D(reconstruction)), from logits [N] and [N]."""
-    return F.softplus(-real_logits.float()).mean() + F.softplus(fake_logits.float()).mean()
+    return F.softplus(-full(real_logits)).mean() + F.softplus(full(fake_logits)).mean()
 
 
 def from_paper(weight: float, elements: int, batch: int = 128) -> float:

@@ -16,6 +16,8 @@ class Micro:
     labels: Tensor
     index: int
     """Its number within the global batch: with the step, its address for random numbers."""
+    of: int = 1
+    """How many micro-batches the global batch has, on all workers."""
 
 
 class Average:
@@ -31,9 +33,9 @@ class Average:
         for name, weight in self.module.named_parameters() if self.decay else ():
             self.shadow[name].lerp_(weight, 1 - self.decay)
 
-    def weights(self) -> dict[str, Tensor]:
-        """The module's state dict with averaged parameters, on the CPU, in plain memory order."""
-        merged = self.module.state_dict() | self.shadow
+    def weights(self, plain: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The module's whole state dict `plain` with averaged parameters, on the CPU, in plain memory order."""
+        merged = plain | self.shadow
         return {k: v.detach().cpu().contiguous().clone() for k, v in merged.items()}
 
     def state(self) -> dict[str, Tensor]:

@@ -21,7 +21,9 @@ from arae.models.autoencoder import load_encoder, read_config
 from arae.models.taps import own_names
 from arae.models.wavelet import WaveletCode, WaveletEncoder
 from arae.models.weights import read_weights
+from arae.precision import full
 from arae.runs import runs_root
+from arae.storage import fetched
 from arae.train import losses
 
 Shape = tuple[int, int, int]
@@ -97,7 +99,8 @@ def decoding(recipe: Recipe, encoder: Encoder, comparator: Encoder | None, image
 def code(encoder: Encoder, images: Tensor, layer: str | None) -> Tensor | WaveletCode:
     """What a decoder decodes, in float32: the features, or a wavelet encoder's code with the details it left."""
     read = encoder.coded if isinstance(encoder, WaveletEncoder) else encoder.features
-    return read(images, layer).float()
+    made = read(images, layer)
+    return made.full() if isinstance(made, WaveletCode) else full(made)
 
 
 def load_comparator(part: Comparator | None, images: Shape) -> Encoder | None:
@@ -132,7 +135,10 @@ def _classes(part: Comparator, channels: int) -> int:
 
 def located(where: str) -> Path:
     """The path that a recipe's `weights` name: `run:NAME` is the run of that name, wherever the runs lie."""
-    return runs_root() / where.removeprefix(RUN) if where.startswith(RUN) else Path(where)
+    if not where.startswith(RUN):
+        return Path(where)
+    path = runs_root() / where.removeprefix(RUN)
+    return path if path.exists() else fetched(path)
 
 
 def model_folder(where: str) -> Path:

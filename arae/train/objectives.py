@@ -18,6 +18,7 @@ from arae.attacks.threat import Threat
 from arae.config import Attack, Encoder
 from arae.errors import InputError
 from arae.modes import evaluating
+from arae.precision import full
 
 BETA = {"trades": 6.0, "mart": 5.0}
 """Weights of the robust term by default: those with which the authors trained on CIFAR-10."""
@@ -38,13 +39,13 @@ def check_objective(part: Encoder) -> None:
 
 def divergence(clean: Tensor, attacked: Tensor) -> Tensor:
     """KL(p || q) of each sample [N], from logits [N, K]; gradients reach both."""
-    log_p, log_q = F.log_softmax(clean.float(), 1), F.log_softmax(attacked.float(), 1)
+    log_p, log_q = F.log_softmax(full(clean), 1), F.log_softmax(full(attacked), 1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def trades(clean: Tensor, attacked: Tensor, y: Tensor, beta: float) -> Tensor:
     """TRADES (Zhang et al. 2019, Algorithm 1; beta is its 1 / lambda): mean of -log p_y + beta · KL(p || q)."""
-    return F.cross_entropy(clean.float(), y) + beta * divergence(clean, attacked).mean()
+    return F.cross_entropy(full(clean), y) + beta * divergence(clean, attacked).mean()
 
 
 def mart(clean: Tensor, attacked: Tensor, y: Tensor, beta: float) -> Tensor:
@@ -53,11 +54,11 @@ def mart(clean: Tensor, attacked: Tensor, y: Tensor, beta: float) -> Tensor:
     Mean of -log q_y - log(1 - max of q over the other classes) + beta · KL(p || q) · (1 - p_y). The second logarithm is
     taken of the sum of all other probabilities, which is exact where the authors' code adds 1e-4 inside.
     """
-    log_q = F.log_softmax(attacked.float(), 1)
+    log_q = F.log_softmax(full(attacked), 1)
     own = F.one_hot(y, log_q.shape[1]).bool()
     rival = log_q.masked_fill(own, -torch.inf).argmax(1, keepdim=True)
     rest = log_q.scatter(1, rival, -torch.inf).logsumexp(1)
-    missed = 1 - F.softmax(clean.float(), 1).gather(1, y[:, None]).squeeze(1)
+    missed = 1 - F.softmax(full(clean), 1).gather(1, y[:, None]).squeeze(1)
     boosted = -log_q.gather(1, y[:, None]).squeeze(1) - rest
     return (boosted + beta * divergence(clean, attacked) * missed).mean()
 
@@ -75,7 +76,7 @@ def geometry_weights(held: Tensor, steps: int, shift: float) -> Tensor:
 
 def gairat(attacked: Tensor, y: Tensor, weights: Tensor) -> Tensor:
     """GAIRAT (Zhang et al. 2021, Algorithm 2): mean of w · -log q_y."""
-    return (weights * F.cross_entropy(attacked.float(), y, reduction="none")).mean()
+    return (weights * F.cross_entropy(full(attacked), y, reduction="none")).mean()
 
 
 def perturb_divergence(model: nn.Module, x: Tensor, attack: Attack, generator: torch.Generator) -> Tensor:

@@ -15,6 +15,7 @@ from arae.metrics import psnr
 from arae.models.encoder import Encoder
 from arae.modes import evaluating
 from arae.pictures import grid, save_png
+from arae.precision import full
 from arae.runs import RunFolder
 from arae.train.engine import Engine
 from arae.train.log import Log
@@ -32,7 +33,7 @@ class Probe:
         source = open_source(recipe.data, "test", engine.device)
         same_kind(*(Described(s.n, s.shape, s.classes) for s in (train, source)))
         where = np.linspace(0, source.n - 1, min(SIZE, source.n)).round().astype(np.int64)
-        self.images = to_float(next(iter(source.batches(where[None])))).to(engine.device)
+        self.images = to_float(next(iter(source.batches(where[None])))).to(engine.device, engine.images_dtype)
         self.labels = source.labels[torch.from_numpy(where)].to(engine.device)
         self.recipe, self.folder, self.engine, self.log = recipe, folder, engine, log
 
@@ -53,7 +54,7 @@ class Probe:
     def reconstruct(self, encoder: Encoder, generator: nn.Module, step: int) -> dict[str, float]:
         """PSNR of what the generator makes of `encoder`; leaves a picture of a few beside their originals."""
         with evaluating(generator), torch.no_grad(), self.engine.autocast():
-            again = generator(code(encoder, self.images, self.recipe.encoder.layer)).float()
+            again = full(generator(code(encoder, self.images, self.recipe.encoder.layer)))
         if not torch.isfinite(again).all():
             raise AraeError(
                 f"decoder: by step {step} it has diverged, its images are not finite; lower decoder.lr or "

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import errno
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
 from arae.config import Data, Recipe, Stage
 from arae.data.load import Source, augmented, fingerprint, open_source
-from arae.errors import DiskFull, InputError
+from arae.errors import InputError
 from arae.models import Encoder, create_encoder
 from arae.models.autoencoder import load_encoder, read_config, save_part
 from arae.runs import RunFolder
@@ -19,10 +17,12 @@ from arae.seeds import mix
 from arae.train.decoder import DecoderTrainer
 from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine
+from arae.train.faults import storage_told
 from arae.train.log import Listener, Log
-from arae.train.loop import Fit, Trainer, fit
+from arae.train.loop import fit
 from arae.train.networks import decoding, load_comparator, sha256_of, weights_file
 from arae.train.probe import Probe
+from arae.train.stage import Fit, Trainer
 from arae.train.state import drop_states, list_states
 
 
@@ -35,42 +35,27 @@ def train(
 ) -> None:
     """Train what of the recipe is not trained yet, into the run folder.
 
-    Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept and the
-    same call goes on, AraeError where training fails.
+    Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept or the
+    storage went away and the same call goes on, AraeError where training fails.
     """
-    with full_disk(folder):
+    with storage_told(folder):
         source = open_source(recipe.data, "train", device, seed=recipe.seed)
         if len(source.classes) < 2:
             raise InputError(
                 f"data.train: {len(source.classes)} class; an encoder needs two or more (one folder a class)"
             )
-        engine = Engine(device, recipe.precision)
+        engine = Engine(device, recipe.precision, recipe.engine)
         log = Log(folder, listener, active=engine.rank == 0)
+        states = list_states(folder.state) if log.active else []
+        engine.go_on_in(states[-1].precision if states else None, recipe.precision)
+        if engine.mixed:
+            log.note(f"the workers' devices differ: all of them train in {engine.precision}, which each of them has")
         worker = Worker(recipe, folder, source, engine, log, stop)
         encoder = worker.encoder()
         if recipe.decoder is not None:
             worker.decoder(encoder)
         if engine.rank == 0:
             drop_states(folder.state)
-
-
-@contextmanager
-def full_disk(folder: RunFolder) -> Iterator[None]:
-    """A disk that fills up is an end with one line, and with what is safe said."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        states = list_states(folder.state)
-        if states or (folder.model / "config.json").is_file():
-            kept = f"the {states[-1].stage}'s state of step {states[-1].step}" if states else "the finished encoder"
-            raise DiskFull(
-                f"{folder.path}: the disk is full; {kept} is kept: make room and run the same command again"
-            ) from None
-        raise InputError(
-            f"{folder.path}: the disk is full; make room, or set ARAE_RUNS to a folder on another disk"
-        ) from None
 
 
 class Worker:
@@ -96,7 +81,7 @@ class Worker:
         if self._finished("encoder"):
             config = read_config(self.folder.model)
             assert config is not None
-            return load_encoder(self.folder.model, config)
+            return load_encoder(self.folder.model, config, self.engine.images_dtype)
         torch.manual_seed(mix(self.recipe.seed, "initial encoder"))
         given = weights_file(part.weights) if part.weights else None
         model = create_encoder(
@@ -196,6 +181,7 @@ class Worker:
             self.stop,
         )
         seconds = fit(trainer, run)
+        exported = trainer.exported()
         if self.log.active:
             attack = self.recipe.encoder.attack
             common = {
@@ -206,7 +192,7 @@ class Worker:
             }
             training = hardware(self.engine) | {"seconds": round(seconds, 3)}
             entry |= {"digest": self._digest(stage), "images": self.images, "steps": total, "training": training}
-            save_part(self.folder.model, stage, trainer.exported(), entry, common)
+            save_part(self.folder.model, stage, exported, entry, common)
         self.log.emit("stage", stage=stage, state="finished", seconds=seconds)
         self.engine.barrier()
 
@@ -245,5 +231,6 @@ def hardware(engine: Engine) -> dict[str, Any]:
         "world_size": engine.size,
         "device": torch.cuda.get_device_name(engine.device) if gpu else "cpu",
         "precision": engine.precision,
+        "engine": engine.choice.kind,
         "threads": torch.get_num_threads(),
     }

@@ -1,22 +1,21 @@
 """The whole state of a run on disk: written whole or not at all, checked before it is believed.
 
-`state/manifest.json` lists the newest states with their sha256; it is authoritative. A state holds tensors, numbers and
-text, and is read back with `weights_only=True`.
+`state/manifest.json` lists the newest states, and the one that was best on the held-out images, with their sha256; it
+is authoritative. A state holds tensors, numbers and text, and is read back with `weights_only=True`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-from arae.files import write_bytes, write_text
+from arae.files import write_text, write_with
 
 
 @dataclass(frozen=True)
@@ -29,23 +28,41 @@ class Saved:
     stage: str
     step: int
     digest: str
+    precision: str | None = None
+    score: float | None = None
+    """What the held-out images gave at this step; higher is better. None where they were not looked at."""
 
 
-def save_state(folder: Path, payload: dict[str, Any], *, stage: str, step: int, digest: str, keep: int) -> None:
-    """Write a state and list it; the stage's last `keep` stay. OSError where the disk is full, nothing half-written."""
-    folder.mkdir(parents=True, exist_ok=True)
-    buffer = io.BytesIO()
-    torch.save(payload, buffer)
-    data = buffer.getbuffer()
+def save_state(
+    folder: Path, payload: dict[str, Any], *, stage: str, step: int, digest: str, keep: int, score: float | None = None
+) -> Saved:
+    """Write a state and list it; the stage's last `keep` stay, and the best one.
+
+    OSError where the disk is full or the run's folder is gone, with nothing half-written.
+    """
+    # Not its parents: where the run's folder is gone, so is the disk it was on, and another must not take its place.
+    folder.mkdir(exist_ok=True)
     name = f"{stage}-{step:08d}.pt"
-    write_bytes(folder / name, data)
-    saved = Saved(name, hashlib.sha256(data).hexdigest(), len(data), stage, step, digest)
-    listed = [s for s in list_states(folder) if s.file != name and s.stage == stage][-(keep - 1) :] if keep > 1 else []
-    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in (*listed, saved)]}, indent=1))
-    kept = {s.file for s in (*listed, saved)}
+    written = write_with(folder / name, lambda file: torch.save(payload, cast(IO[bytes], file)))
+    saved = Saved(name, written.sha256, written.bytes, stage, step, digest, payload.get("precision"), score)
+    kept = retained([*(s for s in list_states(folder) if s.file != name and s.stage == stage), saved], keep)
+    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in kept]}, indent=1))
+    files = {s.file for s in kept}
     for path in folder.glob("*.pt*"):
-        if path.name not in kept:
+        if path.name not in files:
             path.unlink(missing_ok=True)
+    return saved
+
+
+def retained(states: Sequence[Saved], keep: int) -> list[Saved]:
+    """Of one stage's states, oldest first: the last `keep`, and before them the best."""
+    best = best_of(states)
+    return [s for i, s in enumerate(states) if i >= len(states) - keep or s is best]
+
+
+def best_of(states: Sequence[Saved]) -> Saved | None:
+    """The state with the highest score, the earlier of two equal ones; None where none has one."""
+    return max((s for s in states if s.score is not None), key=lambda s: (s.score or 0.0, -s.step), default=None)
 
 
 def list_states(folder: Path) -> list[Saved]:
@@ -56,19 +73,34 @@ def list_states(folder: Path) -> list[Saved]:
         return []
 
 
-def newest_state(folder: Path, stage: str, note: Callable[[str], None]) -> tuple[Saved, dict[str, Any]] | None:
-    """The newest undamaged state of a stage; a damaged one is noted and the one before it taken."""
-    for saved in reversed([s for s in list_states(folder) if s.stage == stage]):
-        try:
-            data = (folder / saved.file).read_bytes()
-        except OSError as error:
-            note(f"state {saved.file} can't be read ({error.strerror}); trying the one before")
-            continue
-        if hashlib.sha256(data).hexdigest() != saved.sha256:
-            note(f"state {saved.file} is damaged (sha256 differs from the manifest's); trying the one before")
-            continue
-        return saved, torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+def newest_state(
+    folder: Path, stage: str, note: Callable[[str], None], before: int | None = None
+) -> tuple[Saved, dict[str, Any]] | None:
+    """The newest undamaged state of a stage; a damaged one is noted and the one before it taken.
+
+    before: only states of at most this step.
+    """
+    listed = [s for s in list_states(folder) if s.stage == stage and (before is None or s.step <= before)]
+    for saved in sorted(listed, key=lambda s: s.step, reverse=True):
+        payload = read_state(folder, saved, note)
+        if payload is not None:
+            return saved, payload
     return None
+
+
+def read_state(folder: Path, saved: Saved, note: Callable[[str], None]) -> dict[str, Any] | None:
+    """A listed state; None, with a note, where its file is missing or damaged."""
+    path = folder / saved.file
+    try:
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != saved.sha256:
+                note(f"state {saved.file} is damaged (sha256 differs from the manifest's); trying the one before")
+                return None
+            file.seek(0)
+            return torch.load(file, weights_only=True, map_location="cpu")
+    except OSError as error:
+        note(f"state {saved.file} can't be read ({error.strerror}); trying the one before")
+        return None
 
 
 def drop_states(folder: Path) -> None:

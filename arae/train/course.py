@@ -1,0 +1,98 @@
+"""How far a stage has come: found again in its newest state, and gone back along where a loss is no number."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from arae.data.load import stream
+from arae.errors import InputError
+from arae.train import faults
+from arae.train.stage import Fit, Trainer, digest_of_stage, order_seed
+from arae.train.state import Saved, best_of, list_states, newest_state, read_state
+
+
+@dataclass
+class Course:
+    """How far a stage has come."""
+
+    step: int = 0
+    """Steps made."""
+    seconds: float = 0.0
+    """That they took, on every machine they were made on."""
+    left_out: list[int] = field(default_factory=list)
+    """Steps whose batch is passed over, for it once led to a loss that was no number."""
+    best: float | None = None
+    """The highest score so far on the held-out images."""
+
+
+def newest(stage: str, run: Fit, before: int | None = None) -> tuple[Saved, dict[str, Any]] | None:
+    """The newest good state. Rank 0 reads it for all: what others see of a shared disk may be older."""
+    found = newest_state(run.folder.state, stage, run.log.note, before) if run.log.active else None
+    return run.engine.told(found)
+
+
+def resume(trainer: Trainer, run: Fit) -> Course:
+    """Set the newest state back, if there is one; returns how far the stage has come."""
+    found = newest(trainer.name, run)
+    if found is None:
+        return Course()
+    saved, payload = found
+    if saved.digest != digest_of_stage(trainer.name, run):
+        raise InputError(
+            f"{run.folder.path}: its state is of another recipe (data, seed or {trainer.name} differ); "
+            "give this run another name=… or delete the folder"
+        )
+    if payload["images"] != run.images:
+        raise InputError(
+            f"{run.folder.path}: its state was trained on other images than data.train holds now; "
+            "put those back, give this run another name=… or delete the folder"
+        )
+    if payload["precision"] != run.engine.precision:
+        raise InputError(
+            f"{run.folder.path}: its {trainer.name} was begun in {payload['precision']}, and here it would go on in "
+            f"{run.engine.precision}: add precision={payload['precision']}"
+        )
+    trainer.restore(payload["trainer"])
+    run.log.note(f"resumed the {trainer.name} at step {saved.step} of {run.total}")
+    return course_of(saved, payload)
+
+
+def course_of(saved: Saved, payload: dict[str, Any]) -> Course:
+    """How far a state had come; those of older runs say less."""
+    return Course(saved.step, payload["seconds"], list(payload.get("left_out", [])), payload.get("best"))
+
+
+def go_back(trainer: Trainer, run: Fit, course: Course, lost: faults.LostNumbers) -> Course:
+    """By the recipe's policy: the newest good state again, without the batch that led out of the numbers.
+
+    Raises AraeError where the policy is to stop, or where it has been done often enough.
+    """
+    if run.log.active:
+        n, batch = run.source.n, run.part.batch
+        ids = stream(n, batch, order_seed(trainer.name, run), lost.step, lost.step + 1)[0]
+        faults.write_batch(run.folder, trainer.name, lost, ids, n)
+    tried = len(course.left_out) >= faults.ROLLBACKS
+    found = None if run.recipe.state.not_finite == "stop" or tried else newest(trainer.name, run, before=lost.step)
+    if found is None:
+        raise faults.lost_numbers(trainer.name, lost, tried=tried) from None
+    saved, payload = found
+    trainer.restore(payload["trainer"])
+    back = course_of(saved, payload)
+    back.left_out = sorted({*course.left_out, *back.left_out, lost.step})
+    run.log.note(
+        f"the {trainer.name}'s loss was {lost.loss} at step {lost.step + 1}: gone back to step {saved.step}; "
+        f"that batch is left out, not_finite.jsonl names its images"
+    )
+    return back
+
+
+def take_best(trainer: Trainer, run: Fit) -> None:
+    """Set back the state that was best on the held-out images, to be exported."""
+    payload = None
+    if run.log.active and (best := best_of([s for s in list_states(run.folder.state) if s.stage == trainer.name])):
+        run.log.note(f"the {trainer.name} of step {best.step} was best on the held-out images ({best.score:.4g})")
+        payload = read_state(run.folder.state, best, run.log.note)
+    payload = run.engine.told(payload)
+    if payload is not None:
+        trainer.restore(payload["trainer"])

@@ -1,0 +1,112 @@
+"""What can go wrong in the middle of training, and the one line that is said of it."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from arae.config import Recipe
+from arae.errors import AraeError, DiskFull, InputError, Stopped
+from arae.models.autoencoder import read_config
+from arae.runs import RunFolder
+from arae.train.state import list_states
+
+if TYPE_CHECKING:
+    from arae.data.load import Source
+    from arae.train.engine import Engine
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+GONE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EROFS, errno.ETIMEDOUT, errno.EHOSTDOWN)
+ROLLBACKS = 3  # a stage that leaves the numbers more often than this has another fault than an odd batch
+GIB = 2**30
+
+
+class LostNumbers(Exception):  # noqa: N818 -- the loop handles it; it never reaches a user
+    """The loss, or a weight, is NaN or infinite; raised on every worker alike."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        """`step`: the first whose loss it was, counted from 0."""
+        super().__init__(f"loss {loss} in step {step}")
+        self.step, self.loss = step, loss
+
+
+def lost_numbers(stage: str, lost: LostNumbers, *, tried: bool) -> AraeError:
+    """What ends a stage whose loss is no number; `tried`: after going back did not help."""
+    again = f" again, after going back {ROLLBACKS} times" if tried else ""
+    return AraeError(
+        f"the {stage}'s loss is {lost.loss} at step {lost.step + 1}{again}: lower {stage}.lr, or use precision=fp32, "
+        "under another name=…; the last state saved is kept, and not_finite.jsonl names the batch's images"
+    )
+
+
+def write_batch(folder: RunFolder, stage: str, lost: LostNumbers, ids: np.ndarray, n: int) -> None:
+    """Append the batch that a loss was lost on to `not_finite.jsonl`: `images` are positions in data.train.
+
+    ids: int64 [batch], epoch * n + index, of the step; n: training images.
+    """
+    epochs, images = np.unique(ids // n).tolist(), (ids % n).tolist()
+    line = {"stage": stage, "step": lost.step, "loss": str(lost.loss), "epochs": epochs, "images": images}
+    with (folder.path / "not_finite.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def memory_told(recipe: Recipe, stage: str, source: Source, engine: Engine) -> Iterator[None]:
+    """Around a step: a device that runs out of memory is an InputError that says what would fit."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise out_of_memory(recipe, stage, source, _device_memory(engine.device)) from error
+
+
+def out_of_memory(recipe: Recipe, stage: str, source: Source, there: int | None) -> InputError:
+    """What is said of a step that does not fit; `there`: bytes of the device, None where unknown."""
+    from arae.cost import Networks
+
+    part = recipe.encoder if stage == "encoder" else recipe.decoder
+    assert part is not None
+    networks = Networks(recipe, source.shape, len(source.classes))
+    count = networks.encoder_memory if stage == "encoder" else networks.decoder_memory
+    needed = sum(count(part.micro).values())
+    said = f"{stage}: out of memory; a micro-batch of {part.micro} images needs about {needed / GIB:.2f} GiB in float32"
+    if there is None:
+        return InputError(f"{said}; set {stage}.micro_batch lower")
+    said += f" (kernels and the allocator come on top), and the device has {there / GIB:.2f} GiB"
+    fitting = [m for m in range(1, part.micro) if part.batch % m == 0 and sum(count(m).values()) <= 0.9 * there]
+    if not fitting:
+        return InputError(f"{said}: not even one image fits; take a device with more memory, or engine=deepspeed")
+    return InputError(f"{said}; the largest that should fit: {stage}.micro_batch={fitting[-1]}")
+
+
+def _device_memory(device: torch.device) -> int | None:
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+@contextmanager
+def storage_told(folder: RunFolder) -> Iterator[None]:
+    """A disk that fills up or goes away is an end with one line, and with what is safe said."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise _full(folder) from None
+        if error.errno in GONE or not folder.path.is_dir():
+            raise Stopped(
+                f"{folder.path}: the storage does not answer ({error.strerror}); once it is back, the same command "
+                "goes on from the newest state that is on it"
+            ) from None
+        raise
+
+
+def _full(folder: RunFolder) -> AraeError:
+    states = list_states(folder.state)
+    if states or (read_config(folder.model) or {}).get("encoder"):
+        kept = f"the {states[-1].stage}'s state of step {states[-1].step}" if states else "the finished encoder"
+        return DiskFull(f"{folder.path}: the disk is full; {kept} is kept: make room and run the same command again")
+    return InputError(f"{folder.path}: the disk is full; make room, or set ARAE_RUNS to a folder on another disk")

@@ -4,7 +4,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench picture clean
+.PHONY: help setup demo test test-cluster lint bench picture clean
 
 # What is passed on to the job: make demo ARGS="data.source=/path/to/images", make test ARGS="-k pgd"
 ARGS ?=
@@ -15,7 +15,7 @@ export PYTHON
 BIN := .venv/bin
 
 help:  ## this list
-	@sed -nE 's/^([a-z]+):.*## /  make \1\t/p' Makefile | expand -t 16
+	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 22
 
 setup:  ## system packages, .venv and the pinned Python packages; the other targets call it
 	@.ci/setup
@@ -23,9 +23,13 @@ setup:  ## system packages, .venv and the pinned Python packages; the other targ
 demo: setup  ## the main job in small: trains, evaluates, writes runs/demo/report.html
 	@exec $(BIN)/arae demo $(ARGS)
 
-test:  ## the test suite
+test:  ## the test suite, without the tests that need a cluster
 	@.ci/setup --browser
-	@exec $(BIN)/python -m pytest $(ARGS)
+	@exec $(BIN)/python -m pytest -m "not cluster" $(ARGS)
+
+test-cluster:  ## the slow tests: several hosts, killed workers and nodes, object storage, outages
+	@.ci/setup --browser
+	@exec $(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: setup  ## ruff and pyright, as the commit hooks run them
 	$(BIN)/ruff check .

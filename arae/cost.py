@@ -180,7 +180,7 @@ class Networks:
             model += parameters(self.decoder)
             average = parameters(self.decoder) * bool(recipe.decoder.ema)
             state = max(state, self._decoder_trained() * (1 + ADAM) + average)
-        return {f"states ({keep} newest, the best, one being written)": state * FLOAT * (keep + 2), "model": model * FLOAT}
+        return {f"states ({keep} kept, the best, a new one)": state * FLOAT * (keep + 2), "model": model * FLOAT}
 
     def _compared(self) -> _Tap:
         """The network that compares features, up to its tap."""

@@ -1,5 +1,6 @@
 """Several workers compute the step that one does: same samples, same global batch, same micro-batches."""
 
+import json
 import os
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from conftest import make_tiny_npz
 from safetensors.torch import load_file, save_file
 from training import tiny_recipe
 
+from arae import precision
 from arae.config import Recipe, dump_recipe, load_recipe
 from arae.models import create_decoder, create_discriminator, create_encoder
 from arae.runs import RunFolder
@@ -121,8 +123,21 @@ def gradient_worker(rank: int, world: int, folder: str) -> None:
     try:
         for case in CASES:
             save_file(gradients(case, Path(folder) / "tiny.npz", SHARE), f"{folder}/{case}-{rank}.safetensors")
+        Path(folder, f"precision-{rank}.json").write_text(json.dumps(mixed_group(rank)))
     finally:
         torch.distributed.destroy_process_group()
+
+
+def mixed_group(rank: int) -> dict[str, object]:
+    """What a group makes of `auto` where only its first two workers are good at bf16, and then of a stage begun."""
+    precision.cpu_has_bf16 = lambda: rank < 2
+    engine = Engine(torch.device("cpu"), "auto")
+    found = {"agreed": engine.precision, "mixed": engine.mixed}
+    precision.cpu_has_bf16 = lambda: True
+    alike = Engine(torch.device("cpu"), "auto")
+    found |= {"alike": alike.precision, "alike mixed": alike.mixed}
+    alike.go_on_in("fp32" if rank == 0 else None, "auto")
+    return found | {"goes on in": alike.precision}
 
 
 @pytest.fixture(scope="module")
@@ -158,3 +173,10 @@ def test_gradients_of_batch_norm_depend_on_the_micro_batch_alone(tiny_npz: Path)
     whole, cut = (gradients("encoder, batch norm", tiny_npz, size) for size in (BATCH, SHARE))
     name = "encoder net.fc.weight gradient"
     assert (whole[name] - cut[name]).abs().max() > 1e-3 * whole[name].abs().max()
+
+
+@pytest.mark.integration
+def test_a_mixed_group_agrees_on_what_its_weakest_has(four_workers: Path) -> None:
+    found = [json.loads((four_workers / f"precision-{rank}.json").read_text()) for rank in range(4)]
+    expected = {"agreed": "fp32", "mixed": True, "alike": "bf16", "alike mixed": False, "goes on in": "fp32"}
+    assert found == [expected] * 4

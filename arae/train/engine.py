@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
@@ -26,8 +27,16 @@ def default_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def check_share(micro_batches: int, workers: int, what: str) -> None:
-    """InputError where a stage has fewer micro-batches than workers; `what` is `encoder` or `decoder`."""
+def check_share(micro_batches: int, workers: int, what: str, choice: EngineChoice | None = None) -> None:
+    """InputError where a stage has fewer micro-batches than workers; `what` is `encoder` or `decoder`.
+
+    From ZeRO's stage 2 on (`choice`: the recipe's engine) workers meet in every micro-batch, so their shares are even.
+    """
+    if choice and choice.kind == "deepspeed" and choice.stage > 1 and micro_batches % workers:
+        raise InputError(
+            f"engine.stage = {choice.stage}: {workers} workers can't share {micro_batches} micro-batch(es) a step "
+            f"evenly; set {what}.micro_batch so that batch / micro_batch is a multiple of {workers}, or engine.stage=1"
+        )
     if micro_batches < workers:
         raise InputError(
             f"{what}: {workers} workers can't share {micro_batches} micro-batch(es) a step; take --workers "
@@ -100,13 +109,16 @@ class Engine:
         # Buffers are ours to average (StepBuffers): broadcasting rank 0's would forget the others' batches.
         # Unused parameters are looked for though there are none: DDP would else put its buckets into another order
         # after the first step, a ring sums in the order of the bucket, and a run that goes on would lose its last bits.
-        return DistributedDataParallel(
-            module,
-            device_ids=ids,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,
-            find_unused_parameters=True,
-        )
+        with warnings.catch_warnings():
+            # torch 2.14 announces another name, which torch 2.11 does not have.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers`", category=FutureWarning)
+            return DistributedDataParallel(
+                module,
+                device_ids=ids,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=True,
+            )
 
     def autocast(self) -> AbstractContextManager[object]:
         """Low precision for the networks; losses and images stay in float32."""
@@ -120,7 +132,7 @@ class Engine:
 
     def share(self, micro_batches: int, what: str) -> range:
         """Which micro-batches of a step are this worker's, as even as can be; InputError where there are too few."""
-        check_share(micro_batches, self.size, what)
+        check_share(micro_batches, self.size, what, self.choice)
         return range(self.rank * micro_batches // self.size, (self.rank + 1) * micro_batches // self.size)
 
     def mean(self, values: Tensor) -> Tensor:

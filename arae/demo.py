@@ -20,6 +20,8 @@ from arae.records import Record, write_records
 from arae.report import Grid, collect, write_report
 from arae.runs import RunFolder
 from arae.session import Session, session
+from arae.storage import fetched, shared
+from arae.tracking.mirror import log_note
 
 PICTURES = 10
 
@@ -57,6 +59,12 @@ def demo_recipe(overrides: list[str]) -> Recipe:
 
 def report_folder(folder: RunFolder) -> Path:
     """Write the report of a demo's or a single run's folder anew from its records."""
+    folder = RunFolder(fetched(folder.path))
+    with shared(folder, log_note):
+        return _report_folder(folder)
+
+
+def _report_folder(folder: RunFolder) -> Path:
     recipe = load_recipe(folder.path)
     radii = recipe.map.radii if recipe.map else ()
     folders = [RunFolder(folder.path / f"eps-{eps:g}") for eps in radii] or [folder]

@@ -28,7 +28,7 @@ _FFCV_PACKAGES = "python3-dev build-essential pkg-config libopencv-dev libturboj
 
 _TORCH = """
 import json, torch
-from arae.train.engine import cpu_has_bf16
+from arae.precision import cpu_has_bf16
 gpu = torch.cuda
 indices = range(gpu.device_count()) if gpu.is_available() else ()
 print(json.dumps({

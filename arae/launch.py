@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from types import FrameType, ModuleType
+from dataclasses import dataclass, replace
+from types import FrameType
 from typing import Literal
 
 import torch
 
+from arae.checkout import checkout_module
 from arae.config import Recipe, flatten, load_recipe
 from arae.errors import InputError, Stopped
 from arae.models.autoencoder import read_config
@@ -24,10 +22,12 @@ from arae.train.log import Listener
 from arae.train.run import train
 from arae.train.state import list_states
 
+PLACEMENTS = ("pack", "spread")
+
 
 @dataclass(frozen=True)
 class Where:
-    """Where to run; never part of a recipe."""
+    """Where to run, and how long to bear with what happens there; never part of a recipe."""
 
     workers: int | None = None
     """Ray Train workers; None trains in this process, without Ray."""
@@ -35,45 +35,97 @@ class Where:
     """A running Ray cluster (`auto`, `ray://…`); None starts one on this machine for the command's time."""
     device: str | None = None
     """`cpu`, `cuda`, `cuda:1`; None takes the first GPU where there is one."""
+    most: int | None = None
+    """An elastic run has from `workers` up to so many, as the cluster has room; None keeps to `workers`."""
+    cpus: int | None = None
+    """CPU cores for each worker; None: 1."""
+    gpus: int | None = None
+    """GPUs for each worker, 0 or 1; None: 1 where the cluster has any."""
+    placement: str = "pack"
+    """`pack`: workers close together; `spread`: on as many machines as can be."""
+    restarts: int = 100
+    """How often the workers are started anew after a failure, in one launch."""
+    wait: float = 30.0
+    """Minutes without the workers asked for, at the start or after a failure, before the launch gives up."""
+    timeout: int = 600
+    """Seconds in which a worker must answer, and the workers must get together in a collective."""
 
     def __post_init__(self) -> None:
-        """InputError for fewer than one worker, an address without workers, a device that is not there."""
+        """InputError for a number out of its range, a flag that needs workers without them, a device not there."""
         if self.workers is not None and self.workers < 1:
             raise InputError(
                 f"--workers {self.workers}: at least 1 worker must train; leave it out to train in this process"
             )
+        if self.most is not None and self.most < (self.workers or 1):
+            raise InputError(f"--workers {self.workers}:{self.most}: the first number is the smaller one")
         if self.device is not None:
-            self._check_device(self.device)
-        if self.address is not None and self.workers is None:
-            raise InputError(f"--address {self.address} needs --workers N: how many of the cluster's workers to use")
+            self._check_device()
+        for name, value in (("address", self.address), ("cpus", self.cpus), ("gpus", self.gpus)):
+            if value is not None and self.workers is None:
+                raise InputError(f"--{name} {value} needs --workers N: how many of the cluster's workers to use")
+        self._check_numbers()
 
     def torch_device(self) -> torch.device:
-        """The device of an in-process run, and of evaluation."""
-        return default_device() if self.device is None else torch.device(self.device)
+        """The device of an in-process run, and of evaluation: one of this machine's."""
+        there = self.device is not None and (self.device == "cpu" or torch.cuda.is_available())
+        return torch.device(str(self.device)) if there else default_device()
 
-    @staticmethod
-    def _check_device(name: str) -> None:
-        """InputError for a device that is not of a known kind, or that this machine does not have."""
-        if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-            raise InputError(f"--device {name}: write cpu, cuda or cuda:N")
-        device = torch.device(name)
-        if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices")
+    def worker_device(self) -> torch.device:
+        """What training will be on as far as can be told here: a cluster's head needs no GPU of its own."""
+        if self.address is None or self.device == "cpu" or self.gpus == 0:
+            return self.torch_device()
+        return torch.device("cuda")
+
+    def _check_numbers(self) -> None:
+        if self.cpus is not None and self.cpus < 1:
+            raise InputError(f"--cpus {self.cpus}: a worker needs at least 1 CPU core")
+        if self.gpus not in (None, 0, 1):
+            raise InputError(f"--gpus {self.gpus}: write 0 or 1; a worker trains on one GPU, so take more --workers")
+        if self.gpus == 1 and self.device == "cpu":
+            raise InputError("--gpus 1 --device cpu: they contradict each other; leave one out")
+        if self.placement not in PLACEMENTS:
+            raise InputError(f"--placement {self.placement}: write {' or '.join(PLACEMENTS)}")
+        if self.restarts < 0:
+            raise InputError(f"--restarts {self.restarts}: write how many failures to survive, 0 for none")
+        for name, value, unit in (("wait", self.wait, "minutes"), ("timeout", self.timeout, "seconds")):
+            if not 0 < value < float("inf"):
+                raise InputError(f"--{name} {value:g}: write a number of {unit} above 0")
+
+    def _check_device(self) -> None:
+        """InputError for a device that is not of a known kind, or that this machine lacks while it is to train."""
+        assert self.device is not None
+        if not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise InputError(f"--device {self.device}: write cpu, cuda or cuda:N")
+        device = torch.device(self.device)
+        elsewhere = self.address is not None
+        if device.type == "cuda" and not elsewhere and (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"--device {self.device}: this machine has {torch.cuda.device_count()} CUDA devices")
+
+
+def parse_workers(text: str) -> tuple[int, int | None]:
+    """`4` as (4, None), `2:8` as (2, 8); InputError for anything else."""
+    found = re.fullmatch(r"(\d+)(?::(\d+))?", text)
+    if found is None:
+        raise InputError(f"--workers {text}: write a number, or MIN:MAX for a group that grows and shrinks")
+    least, most = found.groups()
+    return int(least), None if most is None else int(most)
 
 
 def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) -> None:
     """Train the recipe into its run folder, which `session` holds; returns when it is trained.
 
-    Raises what `arae.train.run.train` raises, wherever it was raised.
+    Raises what `arae.train.run.train` raises, wherever it was raised; with workers also what `cluster.launch` adds.
     """
-    for what, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)):
-        if part is not None:  # said here, before a cluster is started for it
-            check_share(part.batch // part.micro, where.workers or 1, what)
-    folder.stop.unlink(missing_ok=True)
+    parts = [(what, part) for what, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)) if part]
+    for what, part in parts:  # said here, before a cluster is started for it
+        check_share(part.batch // part.micro, where.workers or 1, what)
     with stop_requested() as stop:
         if where.workers is None:
             train(recipe, folder, where.torch_device(), listener, stop)
         else:
+            if where.most is not None:  # more than there is work for would only be refused by the training
+                shares = min(part.batch // part.micro for _, part in parts)
+                where = replace(where, most=min(where.most, shares))
             checkout_module("cluster.launch").launch(recipe, folder, where, listener, stop)
         if stop():  # it came too late for the training to hear, but not for what comes next
             raise Stopped(f"{folder.path}: trained, then stopped; the same command goes on from there")
@@ -116,18 +168,3 @@ def refuse_another(recipe: Recipe, folder: RunFolder) -> None:
                 f"{folder.path} holds a run of another recipe ({shown}); "
                 "give this run another name=… or delete the folder"
             )
-
-
-def checkout_module(name: str) -> ModuleType:
-    """A module of the drivers beside the package, which run from a checkout only.
-
-    Raises InputError where arae was installed without them.
-    """
-    root = Path(__file__).resolve().parent.parent
-    if not (root / name.split(".")[0]).is_dir():
-        raise InputError(
-            f"this needs {name}, which is run from a checkout of arae and is not part of the installed package"
-        )
-    if str(root) not in sys.path:
-        sys.path.insert(0, str(root))
-    return importlib.import_module(name)

@@ -5,15 +5,13 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
+from arae.pace import Group, Pace, clock, group_words, restart_words
 from arae.runs import RunFolder
-from arae.tracking.journal import parsed
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -21,30 +19,13 @@ if TYPE_CHECKING:
 
 Event = Mapping[str, Any]
 
-WINDOW = 20  # points that the time left is estimated from
-POLL = 0.2  # seconds between looks at a growing file
-
-
-class Pace:
-    """The time that is left, from the newest points of a count that grows."""
-
-    def __init__(self) -> None:
-        self._points: deque[tuple[float, float]] = deque(maxlen=WINDOW)
-
-    def left(self, done: float, total: float, now: float) -> float | None:
-        """Seconds until `done` reaches `total`; None before there are two points to tell from."""
-        if self._points and (done < self._points[-1][0] or now < self._points[-1][1]):
-            self._points.clear()  # resumed from an earlier step
-        self._points.append((done, now))
-        (first, start), (last, end) = self._points[0], self._points[-1]
-        return (total - last) * (end - start) / (last - first) if last > first else None
-
 
 class Progress:
     """A listener for the loop's events. Safe to call from several threads; unknown events are passed over.
 
     On a terminal each stage and task is a bar; elsewhere, and in the run's `log.txt`, a line at most every `every`
-    seconds and at the end: `encoder 120/625  loss 1.23  840 images/s  2:10 left`.
+    seconds and at the end: `encoder 120/625  loss 1.23  840 images/s  2:10 left`. There is one view of a whole group of
+    workers: their rates, those that are slow, restarts and why. States are saved without a word.
     """
 
     def __init__(self, folder: RunFolder | None = None, *, stream: TextIO | None = None, every: float = 10.0) -> None:
@@ -66,16 +47,18 @@ class Progress:
             "epoch": self._on_epoch,
             "note": self._on_note,
             "stage": self._on_stage,
+            "restart": self._on_restart,
+            "group": self._on_group,
         }
         handler = handlers.get(str(event.get("event")))
         with self._lock, suppress(AttributeError, KeyError, TypeError, ValueError):
             if handler:
                 handler(event)
 
-    def task(self, label: str, done: int, total: int) -> None:
-        """Show how far some other long work has come: encoding, checking, evaluation."""
+    def task(self, label: str, done: int, total: int, text: str = "") -> None:
+        """Show how far some other long work has come, as encoding or evaluation; `text` stands beside it."""
         with self._lock:
-            self._advance(label, done, total, time.time(), "")
+            self._advance(label, done, total, time.time(), text)
             if done >= total:
                 self._flush(label)
 
@@ -105,9 +88,9 @@ class Progress:
         stage, metrics = event["stage"], event["metrics"]
         self._started.setdefault(stage, event["time"])
         parts = [f"loss {metrics['loss']:.4g}"] if "loss" in metrics else described(metrics)[:2]
-        if "images_per_s" in event:
-            parts.append(f"{event['images_per_s']:.0f} images/s")
-        self._advance(stage, int(event["step"]), int(event["steps"]), float(event["time"]), "  ".join(parts))
+        text = "  ".join([*parts, *Group.of(event).words()])
+        done, total, now, left = int(event["step"]), int(event["steps"]), float(event["time"]), event.get("eta_s")
+        self._advance(stage, done, total, now, text, None if left is None else float(left))
 
     def _on_epoch(self, event: Event) -> None:
         self._say("  ".join([f"{event['stage']} epoch {event['epoch']}", *described(event["metrics"])]))
@@ -128,8 +111,17 @@ class Progress:
         )
         self._say(f"{stage} {state}{took}")
 
-    def _advance(self, label: str, done: int, total: int, now: float, text: str) -> None:
-        left = self._paces.setdefault(label, Pace()).left(done, total, now)
+    def _on_restart(self, event: Event) -> None:
+        self._say(f"restart {event['count']}: {restart_words(event)}")
+
+    def _on_group(self, event: Event) -> None:
+        if event["world_size"] > 1:
+            self._say(group_words(event))
+
+    def _advance(self, label: str, done: int, total: int, now: float, text: str, left: float | None = None) -> None:
+        """`left`: seconds, where it is known better than from the pace of the calls."""
+        paced = self._paces.setdefault(label, Pace()).left(done, total, now)
+        left = paced if left is None else left
         remains = f"{clock(left)} left" if left is not None and done < total else ""
         line = "  ".join(part for part in (f"{label} {done}/{total}", text, remains) if part)
         if self._bars:
@@ -192,53 +184,3 @@ class Progress:
 def described(metrics: Mapping[str, Any]) -> list[str]:
     """`["loss 1.23", "robust_accuracy 0.626"]`."""
     return [f"{name} {value:.4g}" for name, value in metrics.items() if isinstance(value, int | float)]
-
-
-def clock(seconds: float) -> str:
-    """`2:10`, or `1:02:10` from an hour on."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def tail(
-    path: Path, listener: Callable[[dict[str, Any]], None], stop: threading.Event, *, offset: int | None = None
-) -> int:
-    """Call `listener` with each event that is added to a `log.jsonl`, until `stop` is set; returns the offset reached.
-
-    Begins at byte `offset`, by default at the present end; where others may write already, take the offset beforehand.
-    A line is read once it is whole; one that isn't JSON (torn by a kill) is passed over; a file cut short, or replaced
-    by a shorter one, is read from its beginning. What is there when `stop` is set is still read.
-    """
-    position = _size(path) if offset is None else offset
-    while True:
-        last = stop.is_set()
-        position = _read_events(path, listener, position)
-        if last:
-            return position
-        stop.wait(POLL)
-
-
-def _read_events(path: Path, listener: Callable[[dict[str, Any]], None], position: int) -> int:
-    if _size(path) < position:
-        position = 0
-    try:
-        file = path.open("rb")
-    except OSError:
-        return position
-    with file:
-        file.seek(position)
-        for line in file:
-            if not line.endswith(b"\n"):
-                break
-            position += len(line)
-            for event in parsed(line):
-                listener(event)
-    return position
-
-
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0

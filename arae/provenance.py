@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -16,10 +17,13 @@ LIBRARIES = ("torch", "torchvision", "numpy", "ffcv", "ray", "mlflow", "lpips")
 
 @cache
 def git_revision() -> str:
-    """Revision of the checkout arae runs from, `+dirty` where it has changes; the version where it is no checkout."""
+    """Revision of the checkout arae runs from, `+dirty` where it has changes; the version where it is no checkout.
+
+    A job's copy of a checkout is none itself: `ARAE_REVISION` says what it was made of.
+    """
     root = Path(arae.__file__).resolve().parent.parent
     if not (root / ".git").exists():
-        return f"v{arae.__version__}"
+        return os.environ.get("ARAE_REVISION") or f"v{arae.__version__}"
     try:
         head = _git(root, "rev-parse", "HEAD")
         return head + ("+dirty" if _git(root, "status", "--porcelain", "--untracked-files=no") else "")

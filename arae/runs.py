@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ from pathlib import Path
 from arae.config import Recipe, dump_recipe
 from arae.errors import InputError
 from arae.files import write_text
+from arae.storage.place import runs_root
 
-
-def runs_root() -> Path:
-    """Where run folders lie: `ARAE_RUNS` if set, else `runs` in the working directory."""
-    return Path(os.environ.get("ARAE_RUNS", "runs")).absolute()
+__all__ = ["RunFolder", "runs_root"]
 
 
 @dataclass(frozen=True)
@@ -69,11 +66,6 @@ class RunFolder:
     def text(self) -> Path:
         """The same for people."""
         return self.path / "log.txt"
-
-    @property
-    def stop(self) -> Path:
-        """Its presence asks the workers to save and stop."""
-        return self.path / "stop"
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, all or nothing."""

@@ -10,13 +10,16 @@ import torch
 
 from arae.config import Recipe
 from arae.evaluate import evaluate
+from arae.events import ending
 from arae.launch import Where, launch, refuse_another
 from arae.progress import Progress
 from arae.records import Record
 from arae.runs import RunFolder, runs_root
+from arae.storage import Shared, need_tracking_server, shared
 from arae.tracking import Tracker
+from arae.tracking.mirror import log_note
+from arae.train.faults import storage_told
 from arae.train.log import Event
-from arae.train.run import full_disk
 
 
 @dataclass
@@ -27,6 +30,8 @@ class Session:
     folder: RunFolder
     progress: Progress
     tracker: Tracker
+    shared: Shared
+    """The run's place at the storage, where it lies at a URL."""
 
     def listen(self, event: Event) -> None:
         """Hand an event of the training to everybody."""
@@ -35,7 +40,12 @@ class Session:
 
     def train(self, where: Where) -> None:
         """Train what is not trained yet."""
-        launch(self.recipe, self.folder, where, self.listen)
+        if where.workers is None:
+            self.shared.bring_states()
+            launch(self.recipe, self.folder, where, self.listen)
+            return
+        with self.shared.lent():
+            launch(self.recipe, self.folder, where, self.listen)
 
     def evaluate(self, device: torch.device) -> list[Record]:
         """Measure, and mirror the records."""
@@ -55,12 +65,15 @@ def session(recipe: Recipe, parent: str | None = None, *, trained: bool = False)
     """
     root = runs_root()
     folder = RunFolder.of(recipe, root)
-    with full_disk(folder), folder.lock():
+    need_tracking_server()
+    with storage_told(folder), folder.lock(), shared(folder, log_note) as place:
         refuse_another(recipe, folder)
         if not (trained and folder.recipe.is_file()):
             folder.create(recipe)
         with (
+            ending(folder.log),
             Progress(folder) as progress,
             Tracker(folder, recipe, root, parent=parent, note=progress.note) as tracker,
         ):
-            yield Session(recipe, folder, progress, tracker)
+            place.tell(progress.note)
+            yield Session(recipe, folder, progress, tracker, place)

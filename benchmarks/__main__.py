@@ -1,4 +1,4 @@
-"""`python -m benchmarks [NAME …]`: run them (default: all), write `results/`, make the README's tables anew."""
+"""`python -m benchmarks [NAME …]`: run them (default: all that are quick); write `results/`, the README's tables."""
 
 from __future__ import annotations
 
@@ -8,11 +8,15 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from arae.errors import InputError
+from arae.errors import AraeError
 from arae.files import write_text
 from arae.train.engine import default_device
+from benchmarks.encoding import encoding
 from benchmarks.harness import README, Result, read, section, with_tables, write
 from benchmarks.loading import loading
+from benchmarks.outage import outage
+from benchmarks.overhead import overhead
+from benchmarks.photographs import NAME, photographs
 from benchmarks.steps import decoder, encoder_resnet, encoder_small
 
 BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
@@ -20,14 +24,22 @@ BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
     "encoder-resnet": encoder_resnet,
     "decoder": decoder,
     "loading": loading,
+    "encoding": encoding,
+    NAME: photographs,
+    "overhead": overhead,
+    "outage": outage,
 }
+APART = {"overhead", "outage"}
+"""Long, or in need of a machine that does nothing else: run by name alone."""
 GROUPS = {"step": ("encoder-small", "encoder-resnet", "decoder")}
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The benchmarks that the names stand for, each once, in the order of the table; all where there is no name."""
-    wanted = {each for name in names for each in GROUPS.get(name, (name,))}
-    return [name for name in BENCHMARKS if not names or name in wanted]
+    """The benchmarks that the names stand for, each once, in the order of the table; where there is no name, all but
+    those that are run apart.
+    """
+    wanted = {each for name in names for each in GROUPS.get(name, (name,))} or BENCHMARKS.keys() - APART
+    return [name for name in BENCHMARKS if name in wanted]
 
 
 def main() -> None:
@@ -43,7 +55,7 @@ def main() -> None:
         print(f"{name} …", file=sys.stderr, flush=True)
         try:
             result = BENCHMARKS[name](device)
-        except InputError as error:
+        except AraeError as error:
             print(f"{name}: skipped: {error}", file=sys.stderr)
             continue
         write(result)

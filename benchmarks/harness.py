@@ -62,6 +62,12 @@ class Result(Part):
     comparisons: tuple[Comparison, ...]
     left_out: dict[str, str]
     """Variants that could not be measured here, and why."""
+    notes: tuple[str, ...] = ()
+    """What else was seen: sentences."""
+    sizes: dict[str, float] = Field(default_factory=dict)
+    """Bytes that an image takes, by variant, where that was measured too."""
+    numbers: dict[str, float] = Field(default_factory=dict)
+    """What else was measured, by a name that ends in its unit."""
     hardware: dict[str, str | int]
     versions: dict[str, str]
     git: str
@@ -196,6 +202,7 @@ def section(result: Result) -> str:
         *compared,
         "",
         *left_out,
+        *(f"{note}\n" for note in result.notes),
         f"On {hardware} torch thread(s); {versions}; `{result.git}`; {result.time}.\n",
     ]
     return "\n".join(lines)

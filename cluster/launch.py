@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import logging
-import os
-import shutil
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,133 +14,227 @@ from typing import Any
 from arae.config import Recipe, dump_recipe
 from arae.errors import AraeError, InputError, Stopped
 from arae.launch import Where
-from arae.progress import tail
 from arae.runs import RunFolder
 from arae.train.log import Listener
+from arae.train.state import list_states
+from cluster.connect import address_of, connect
+from cluster.desk import News, open_desk
 
-ROOT = Path(__file__).resolve().parent.parent
-WATCH_S = 0.2
-OBJECT_STORE_BYTES = 256 * 2**20  # batches never go through Ray: the workers read their own
+WATCH_S = 0.5
+ANSWER_S = 60.0
+DEAF_S = 5.0  # without a whole group: there is none that a stop could reach
+TROUBLES = 3  # errors of Ray Train's own, in a row and without a group between them
+GRACE_S = 10.0  # for the group to end by itself once one of its workers has said how
+LACKING_S, STARTING_S = 10.0, 60.0  # of waiting for workers, after which it is said: without room for them, and with it
 
 
 def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, stop: Callable[[], bool]) -> None:
-    """Run `cluster.worker.loop` on `where.workers` workers until the recipe is trained.
+    """Run `cluster.worker.loop` on the workers until the recipe is trained, over failures of workers and machines.
 
-    Raises Stopped where `stop` asked for it and a state was kept, the worker's own AraeError where it raised one, and
-    AraeError with the first line of what went wrong otherwise.
+    Raises what a worker found to be the end (InputError, Stopped, AraeError), wherever it was raised; Stopped where
+    `stop` asked for it, where the workers can't be had within `where.wait` minutes, and where more failed from outside
+    than `where.restarts` while a good state is kept; AraeError otherwise, also where it was the training's own error:
+    that would come again.
     """
-    assert where.workers is not None
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     connect(where)
+    from ray.exceptions import RayError
+
     for number, handler in handlers.items():  # Ray has put its own in their place, which save nothing
         signal.signal(number, handler)
-    outcome: dict[str, Any] = {}
-    # Ray Train takes SIGINT for itself when it runs in the main thread; a stop must save first.
-    thread = threading.Thread(target=_fit, args=(recipe, folder, where, outcome), daemon=True)
-    done = threading.Event()
-    offset = folder.log.stat().st_size if folder.log.exists() else 0
-    read = partial(tail, folder.log, listener, done, offset=offset)
-    reader = threading.Thread(target=read, daemon=True)
-    thread.start()
-    reader.start()
-    try:
-        while thread.is_alive():
-            thread.join(WATCH_S)
-            if stop() and not folder.stop.exists():
-                folder.stop.touch()
-    finally:
-        done.set()
-        reader.join(5)
-        folder.stop.unlink(missing_ok=True)
-    error = outcome.get("error")
-    if error is not None:
-        raise _cause(error) from None
-    shutil.rmtree(folder.path / "ray", ignore_errors=True)  # Ray's own notes of a run that ended as it should
-    if outcome["value"] is not None:
-        raise Stopped(outcome["value"])
-
-
-def connect(where: Where) -> None:
-    """Join the cluster at `where.address`, or start one on this machine; once a process.
-
-    Raises InputError where no cluster answers, or Ray is not installed.
-    """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    if where.address is None:
-        # A cluster for this command alone, on loopback: no tokens, no other node, no spot instance to watch.
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    try:
-        import ray
-    except ImportError:
-        raise InputError("--workers needs Ray: pip install 'arae[cluster]'") from None
-    if ray.is_initialized():
-        return
-    env = {"env_vars": {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}}
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "runtime_env": env}
-    if where.address is not None:
+    desk = open_desk()
+    with tempfile.TemporaryDirectory(prefix="arae-ray-") as notes:  # Ray's own, which nothing here goes by
+        make = partial(_trainer, recipe, folder, where, desk, notes)
         try:
-            ray.init(address=where.address, **quiet)
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise InputError(f"--address {where.address}: no Ray cluster answers ({_first_line(error)})") from None
-        return
-    cpus = max(where.workers or 1, os.cpu_count() or 1)
-    ray.init(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+            news, error = _supervise(make, desk, Patience(where, listener), listener, stop)
+        except RayError as lost:
+            raise _kept(folder, f"the Ray cluster does not answer any more ({_last_line(lost)})") from None
+    if news.verdict is not None:
+        raise news.verdict.error()
+    if error is not None:
+        raise _end(error, news, folder, where) from None
 
 
-def _fit(recipe: Recipe, folder: RunFolder, where: Where, outcome: dict[str, Any]) -> None:
-    """Body of the thread: `outcome` gets `value` or `error`."""
+def _supervise(
+    make: Callable[[], Any], desk: Any, patience: Patience, listener: Listener, stop: Callable[[], bool]
+) -> tuple[News, Exception | None]:
+    """Ray Train until it is done, or has failed for good; the last news, and its error.
+
+    It starts groups anew itself after failures of workers, but gives up where one dies while a group is being set up.
+    """
+    import ray
+
+    in_a_row = groups = 0
+    while True:
+        outcome: dict[str, Exception] = {}
+        # Ray Train takes SIGINT for itself when it runs in the main thread; a stop must save first.
+        thread = threading.Thread(target=_fit, args=(make(), outcome), daemon=True)
+        thread.start()
+        news = _follow(thread, desk, patience, listener, stop)
+        error = outcome.get("error")
+        if error is None or news.verdict is not None or getattr(error, "worker_failures", None):
+            return news, error
+        in_a_row, groups = 1 if news.groups > groups else in_a_row + 1, news.groups
+        if in_a_row >= min(TROUBLES, 1 + patience.where.restarts):
+            return news, error
+        ray.get(desk.trouble.remote(_trouble(error)), timeout=ANSWER_S)
+
+
+def _follow(
+    thread: threading.Thread, desk: Any, patience: Patience, listener: Listener, stop: Callable[[], bool]
+) -> News:
+    """Hand on what the desk hears until Ray Train ends; returns the last of it."""
+    import ray
+
+    judged = 0.0
+    while True:
+        ended, stopping = not thread.is_alive(), stop()
+        news: News = ray.get(desk.collect.remote(stop=stopping), timeout=ANSWER_S)
+        for event in news.events:
+            listener(event)
+        judged = judged or (time.monotonic() if news.verdict else 0.0)
+        if ended:
+            return news
+        if judged and time.monotonic() - judged > GRACE_S:
+            ray.shutdown()  # others still wait for the one that has left, and would until their time is up
+            return news
+        if not judged:
+            patience.bear(news, stopping=stopping)
+        thread.join(WATCH_S)
+
+
+class Patience:
+    """Waits for workers, says so, and ends."""
+
+    def __init__(self, where: Where, listener: Listener) -> None:
+        self.where, self.listener = where, listener
+        self._told = False
+
+    def bear(self, news: News, *, stopping: bool) -> None:
+        """Stopped where there has been no whole group for `where.wait` minutes, or is none to hear that it is over."""
+        import ray
+
+        if stopping and news.waiting_s > DEAF_S:
+            ray.shutdown()
+            raise Stopped("stopped while no workers were at work; the same command goes on from what is kept")
+        if news.waiting_s < min(LACKING_S, 60 * self.where.wait):
+            self._told = False
+            return
+        room, said = room_for(self.where)
+        if news.waiting_s > 60 * self.where.wait:
+            ray.shutdown()  # there is no other end to Ray Train's own waiting
+            lost = f"{news.reason}; " if news.reason else ""
+            raise Stopped(f"{lost}gave up after {self.where.wait:g} min: {said}; the same command goes on")
+        lacking = room < (self.where.workers or 1) or news.waiting_s > STARTING_S
+        if lacking and not self._told:
+            self.listener({"event": "note", "time": time.time(), "text": f"waiting for workers: {said}"})
+            self._told = True
+
+
+def _fit(trainer: Any, outcome: dict[str, Exception]) -> None:
+    """Body of the thread: `outcome` gets `error` where there is one."""
     try:
-        outcome["value"] = _trainer(recipe, folder, where).fit().return_value
+        trainer.fit()
     except Exception as error:  # noqa: BLE001 -- it crosses to the main thread, which raises it
         outcome["error"] = error
 
 
-def _trainer(recipe: Recipe, folder: RunFolder, where: Where) -> Any:
+def _trainer(recipe: Recipe, folder: RunFolder, where: Where, desk: Any, notes: str) -> Any:
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
+    from cluster.watch import Watch
     from cluster.worker import loop
 
-    workers, has = where.workers or 1, ray.cluster_resources()
-    gpu = where.device != "cpu" and has.get("GPU", 0) >= workers
-    if where.device not in (None, "cpu") and not gpu:
-        raise InputError(f"--workers {workers} --device {where.device}: the cluster has {has.get('GPU', 0):g} GPUs")
-    if has.get("CPU", 0) < workers:
-        raise InputError(f"--workers {workers}: the cluster has {has.get('CPU', 0):g} CPUs; a worker needs one")
+    least = where.workers or 1
+    gpu = wants_gpu(where, ray.cluster_resources(), alone=address_of(where) is None)
     return TorchTrainer(
         loop,
-        train_loop_config={"recipe": dump_recipe(recipe), "folder": str(folder.path), "cwd": str(Path.cwd())},
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=600),
-        scaling_config=ScalingConfig(num_workers=workers, use_gpu=gpu),
+        train_loop_config={
+            "recipe": dump_recipe(recipe),
+            "folder": str(folder.path),
+            "cwd": str(Path.cwd()),
+            "desk": desk,
+        },
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=where.timeout),
+        scaling_config=ScalingConfig(
+            num_workers=least if where.most is None else (least, where.most),
+            use_gpu=gpu,
+            resources_per_worker={"CPU": where.cpus or 1} | ({"GPU": 1} if gpu else {}),
+            placement_strategy=where.placement.upper(),
+        ),
         run_config=RunConfig(
             # A name of its own each time: Ray would otherwise resume from its own bookkeeping, and ours is what counts.
             name=f"{time.time_ns():x}",
-            storage_path=str(folder.path / "ray"),
-            failure_config=FailureConfig(max_failures=0, controller_failure_limit=3),
+            storage_path=notes,
+            failure_config=FailureConfig(max_failures=where.restarts),
+            callbacks=[Watch(desk)],
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
 
 
-def _cause(error: Exception) -> AraeError:
-    """The AraeError behind a failed fit, where a worker raised one; else one that names the first failure."""
-    failures = list(getattr(error, "worker_failures", {}).values()) or [error]
-    for failure in failures:
-        seen: BaseException | None = failure
-        while seen is not None:
-            for candidate in (seen, getattr(seen, "_base_exc", None), getattr(seen, "cause", None)):
-                if isinstance(candidate, AraeError):
-                    return candidate
-            seen = seen.__cause__
-    return AraeError(f"training failed in a worker: {_first_line(failures[0])} (Ray's logs have the whole of it)")
+def wants_gpu(where: Where, has: Mapping[str, float], *, alone: bool) -> bool:
+    """Whether the workers get a GPU each; `has`: the cluster's resources; `alone`: it is this machine's alone.
+
+    A cluster of several machines that has any GPU is meant for them: workers then wait for theirs rather than train in
+    another precision on a CPU. Raises InputError where this machine alone has fewer than are asked for.
+    """
+    workers, there = where.workers or 1, has.get("GPU", 0)
+    asked = where.gpus if where.gpus is not None else None if where.device is None else int(where.device != "cpu")
+    if asked is None:
+        return there >= workers if alone else there > 0
+    if asked and alone and there < workers:
+        raise InputError(f"--workers {workers} with a GPU each: this machine has {there:g}")
+    return bool(asked)
 
 
-def _first_line(error: BaseException) -> str:
+def room_for(where: Where) -> tuple[int, str]:
+    """For how many workers the cluster has room, others left out of account; and in words, with how many are wanted."""
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    need = {"CPU": where.cpus or 1}
+    if wants_gpu(where, ray.cluster_resources(), alone=False):
+        need["GPU"] = 1
+    room = sum(int(min(has.get(what, 0) // much for what, much in need.items())) for has in nodes)
+    each = " and ".join(f"{much} {what}" for what, much in need.items())
+    return room, (
+        f"{where.workers} are wanted, of {each} each; the {len(nodes)} host(s) that answer have room for {room}, "
+        "less what other jobs hold"
+    )
+
+
+def _end(error: Exception, news: News, folder: RunFolder, where: Where) -> AraeError:
+    """What ends the command where no worker left a verdict."""
+    if not getattr(error, "worker_failures", None):
+        return _kept(folder, f"{_trouble(error)} (more than once in a row)")
+    said = f"{news.reason} (after {where.restarts} restarts)" if where.restarts else news.reason
+    if news.own:
+        return AraeError(f"training failed: {said}; Ray's logs have the whole of it")
+    return _kept(folder, said)
+
+
+def _trouble(error: Exception) -> str:
+    """An error of Ray Train's own in one line."""
+    from ray.exceptions import RayActorError
+
+    inner = getattr(error, "controller_failure", error)
+    if isinstance(inner, RayActorError):
+        return "a worker was killed or crashed while the group was being set up"
+    return f"Ray Train failed: {type(inner).__name__}: {_last_line(inner)}"
+
+
+def _kept(folder: RunFolder, said: str) -> AraeError:
+    """Stopped where there is something to go on from after what came from outside; AraeError where there is nothing."""
+    states = list_states(folder.state)
+    if states or (folder.model / "config.json").is_file():
+        kept = f"the {states[-1].stage}'s state of step {states[-1].step}" if states else "what was finished"
+        return Stopped(f"{said}; {kept} is kept, and the same command goes on from there")
+    return AraeError(f"training failed: {said}; there was no state yet")
+
+
+def _last_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(error).__name__

@@ -179,7 +179,7 @@ def test_train_evaluate_reconstruct_report(run_arae: Run, recipe_file: Path, tin
         assert picture.size == (2 * 16 + 2, 16)
     assert run_arae("report", run).returncode == 0
     assert "<table" in (run / "report.html").read_text()
-    assert run_arae("ls", "runs").stdout.count("tiny") == 1
+    assert run_arae("runs").stdout.count("tiny") == 1
 
 
 @pytest.mark.parametrize(

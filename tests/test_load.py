@@ -12,7 +12,7 @@ import ugly
 from PIL import Image
 
 from arae.config import Data
-from arae.data import beton, ffcv_io
+from arae.data import beton, ffcv_io, windows
 from arae.data.encode import EncodeOptions, encode
 from arae.data.load import open_source, stream, to_channels
 from arae.errors import InputError
@@ -154,7 +154,7 @@ def test_random_crops_are_addressed(photos):
 
 @needs_ffcv
 def test_random_crops_have_the_promised_scale_and_aspect():
-    crop, address = ffcv_io._random_crop(), np.uint64(mix(0, "crop"))
+    crop, address = windows.random_crop(), np.uint64(mix(0, "crop"))
     found = np.array([crop(address, epoch, 17, 400, 400) for epoch in range(3000)])
     top, left, height, width = found.T
     assert (top >= 0).all()
@@ -172,7 +172,7 @@ def test_random_crops_have_the_promised_scale_and_aspect():
 
 @needs_ffcv
 def test_random_crops_equal_a_plain_python_reference():
-    crop, address = ffcv_io._random_crop(), mix(5, "crop")
+    crop, address = windows.random_crop(), mix(5, "crop")
 
     def uniform(epoch, sample, number):
         return (mix(address, epoch, sample, number) >> 10) * 2.0**-53

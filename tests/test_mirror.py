@@ -156,3 +156,15 @@ def test_an_artifact_store_that_fails_does_not_hold_the_numbers_up(root: Path, m
     assert tracker.close(timeout=GENEROUS)
     assert history(root, "encoder/loss") == [(1, int(1000 * (T0 + 1)), 1.0)]
     assert any("boto3" in note for note in tracker._note)  # type: ignore[attr-defined]
+
+
+def test_a_password_in_the_servers_address_reaches_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://someone:hush@127.0.0.1:{tracking.free_port()}")
+    tracker = begin(tmp_path)
+    tracker(interval(1, 1.0))
+    assert not tracker.close(timeout=GENEROUS)
+    notes = " ".join(tracker._note)  # type: ignore[arg-type]
+    assert "MLflow is away" in notes
+    assert "hush" not in notes
+    kept = (path.read_text() for path in (tmp_path / "demo/eps-1.5").iterdir() if path.is_file())
+    assert "hush" not in " ".join(kept)

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from arae.progress import Pace, Progress, clock, tail
+from arae.events import tail
+from arae.pace import Pace, clock
+from arae.progress import Progress
 from arae.runs import RunFolder
 
 
@@ -84,11 +86,66 @@ def test_other_events_have_their_lines(event: dict[str, Any], line: str) -> None
     assert shown([event]) == [line]
 
 
+def worker(rank: int, work_s: float = 0.2, images_per_s: float = 420.0, wait_s: float = 0.0) -> dict[str, Any]:
+    return {"rank": rank, "host": f"h{rank}", "images_per_s": images_per_s, "work_s": work_s, "wait_s": wait_s}
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"workers": [worker(0)]}, "840 images/s"),
+        ({"workers": [worker(0), worker(1)]}, "840 images/s by 2 workers (420 each)"),
+        (
+            {"workers": [worker(0, images_per_s=410), worker(1, images_per_s=430)]},
+            "840 images/s by 2 workers (410–430 each)",
+        ),
+        ({"workers": [worker(0, wait_s=0.1)], "step_s": 0.4}, "840 images/s  loader wait 25 %"),
+        ({"workers": [worker(0, wait_s=0.1), worker(1)], "step_s": 0.4}, "by 2 workers (420 each)  loader wait 12 %"),
+        ({"workers": [worker(0, wait_s=0.001)], "step_s": 0.4}, "840 images/s"),
+        ({"workers": [worker(0, wait_s=0.1)]}, "840 images/s"),
+        ({"workers": [worker(0), worker(1, 0.4)]}, "(420 each)  slow: worker 1 on h1 (1.3×)"),
+        ({"workers": [worker(0), worker(1, 0.24)]}, "(420 each)"),
+        # Twice the work on twice the images is no straggler; twice the work on as many is.
+        ({"workers": [worker(0, 0.4, 840), worker(1), worker(2)]}, "by 3 workers (420–840 each)"),
+        (
+            {"workers": [*(worker(n) for n in range(12)), *(worker(n, 0.2 * (n - 10)) for n in range(12, 16))]},
+            "slow: worker 15 on h15 (5.0×), worker 14 on h14 (4.0×), worker 13 on h13 (3.0×) and 1 more",
+        ),
+    ],
+)
+def test_a_line_says_how_the_group_fares(fields: dict[str, Any], words: str) -> None:
+    (line,) = shown([interval(100, 0.0, eta_s=130.0, **fields)])
+    assert line.startswith("encoder 100/625  loss 1.234  840 images/s")
+    assert line.endswith(f"{words}  2:10 left")
+
+
+def test_restarts_are_told_with_their_reasons_and_states_are_not() -> None:
+    reason = "worker 1 on h1 (pid 12) was killed by signal 9"
+    group = {"event": "group", "time": 0.0, "hosts": ["h0", "h1", "h1"], "device": "cuda", "precision": "bf16"}
+    assert shown(
+        [
+            group | {"world_size": 3, "engine": "ddp"},
+            {"event": "state", "time": 1.0, "stage": "encoder", "step": 40, "best": True, "seconds": 0.1},
+            {"event": "restart", "time": 2.0, "count": 1, "reason": reason, "world_size": 2, "step": 40},
+            {"event": "restart", "time": 2.0, "count": 2, "reason": "a worker\nraised", "world_size": 1, "step": 0},
+            group | {"world_size": 1, "hosts": ["h0"]},
+        ]
+    ) == [
+        "3 workers on h0, h1: cuda, bf16, ddp",
+        f"restart 1: {reason}; goes on from step 40 by 2 workers",
+        "restart 2: a worker raised; goes on from step 0 by 1 worker",
+    ]
+
+
 @pytest.mark.parametrize(
     "event",
     [
         {},
         {"event": "unheard of"},
+        {"event": "restart"},
+        {"event": "group", "world_size": "many"},
+        interval(1, 0.0, workers=[{"rank": 0}]),
+        interval(1, 0.0, workers=3),
         {"event": None},
         {"event": "interval"},
         {"event": "interval", "stage": "encoder", "time": "now"},
@@ -215,7 +272,7 @@ def line(n: int) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arae.progress.POLL", 0.01)
+    monkeypatch.setattr("arae.events.POLL", 0.01)
 
 
 def test_a_growing_log_is_followed_line_by_line(tmp_path: Path) -> None:

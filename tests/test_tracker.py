@@ -16,6 +16,7 @@ from arae.tracking import mirror
 from arae.tracking import tracker as tracker_module
 from arae.tracking.journal import Journal
 from arae.tracking.mirror import PENDING, tracking_uri
+from arae.tracking.operations import speeds
 
 pytestmark = tracking.MARKS
 root, away = tracking.root, tracking.away
@@ -90,6 +91,68 @@ def test_a_restart_continues_the_same_run(root: Path) -> None:
     assert after.info.status == "FINISHED"
     assert [step for step, _, _ in history(root, "encoder/loss")] == [10, 20, 30]
     assert after.data.metrics["best/encoder/loss"] == 1.0
+
+
+def group_interval(step: int, works: list[float], **fields: Any) -> dict[str, Any]:
+    workers = [
+        {"rank": rank, "host": f"h{rank}", "images_per_s": 400.0, "work_s": work, "wait_s": 0.1}
+        for rank, work in enumerate(works)
+    ]
+    return interval(step, 1.0) | {"workers": workers, "step_s": 0.5, "eta_s": 60.0, "saving_s": 0.25} | fields
+
+
+def test_the_group_its_speed_and_its_restarts_are_mirrored(root: Path) -> None:
+    reason = "worker 1 on h1 was killed by signal 9"
+    group = {"event": "group", "time": T0, "hosts": ["h0", "h1"], "device": "cpu", "precision": "fp32", "engine": "ddp"}
+    restart = {"event": "restart", "time": T0, "reason": reason, "world_size": 1, "step": 10}
+    first = begin(root)
+    first(group | {"world_size": 2})
+    first(group_interval(10, [0.2, 0.4]))
+    first(restart | {"count": 1})
+    first.close("KILLED", timeout=GENEROUS)
+    again = begin(root)  # a new launch counts its own restarts from one
+    again(restart | {"count": 1, "step": 20})
+    again(group | {"world_size": 1, "hosts": ["h0"]})
+    again(group_interval(30, [0.2]))
+    assert again.close(timeout=GENEROUS)
+    run = run_of(root)
+    wanted = {"workers": "1", "hosts": "h0", "device": "cpu", "precision": "fp32", "engine": "ddp"}
+    assert wanted.items() <= run.data.tags.items()
+    told = run.data.tags["restarts"].splitlines()
+    assert [line.split()[0] for line in told] == ["2.", "1."]
+    assert told[1].endswith(f"{reason}; goes on from step 10 by 1 worker")
+    assert [(step, value) for step, _, value in history(root, "restarts")] == [(1, 1.0), (2, 2.0)]
+    expected: dict[str, Any] = {
+        "loader_wait": [(10, 0.2), (30, 0.2)],
+        "saving_s": [(10, 0.25), (30, 0.25)],
+        "eta_s": [(10, 60.0), (30, 60.0)],
+        "world_size": [(10, 2.0), (30, 1.0)],
+        "straggler_ratio": [(10, pytest.approx(4 / 3))],
+        "workers/0/images_per_s": [(10, 400.0)],
+        "workers/1/work_s": [(10, 0.4)],
+    }
+    assert {
+        name: [(step, value) for step, _, value in history(root, f"encoder/{name}")] for name in expected
+    } == expected
+
+
+@pytest.mark.parametrize("workers", [2, 16, 17, 500])
+def test_the_number_of_series_does_not_grow_with_the_group(workers: int) -> None:
+    found = speeds(group_interval(10, [0.1 * (rank + 1) for rank in range(workers)]))
+    each = {name: value for name, value in found.items() if name.startswith("workers/")}
+    assert len(each) == (2 * workers if workers <= 16 else 6)
+    assert max(value for name, value in each.items() if "work_s" in name) == pytest.approx(0.1 * workers)
+
+
+def test_the_reasons_of_many_restarts_stay_short(away: str, tmp_path: Path) -> None:
+    tracker = begin(tmp_path)
+    for n in range(100):
+        tracker({"event": "restart", "time": T0, "count": n, "reason": f"{n} " * 500, "world_size": 2, "step": n})
+    tracker.close(timeout=GENEROUS)
+    tags = [o["value"] for o in Journal(tmp_path / "demo/eps-1.5" / PENDING).all() if o.get("key") == "restarts"]
+    assert len(tags) == 100
+    assert tags[-1].startswith("100. ")
+    assert max(map(len, tags)) < 5000
 
 
 def test_parent_and_children_are_one_family(root: Path) -> None:

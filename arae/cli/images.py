@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from arae.cli.options import app
+from arae.cli.options import Address, app
 from arae.config import load_options
+from arae.errors import Stopped
 
 
 @app.command(name="encode")
@@ -20,20 +22,45 @@ def encode_command(
     options: Annotated[
         list[str] | None, typer.Argument(metavar="[key=value]...", help="split=test mode=raw size=256 …")
     ] = None,
+    workers: Annotated[int | None, typer.Option(help="Encode on this many cores of a Ray cluster.")] = None,
+    address: Address = None,
 ) -> None:
-    """Write images as an FFCV .beton file, whole or not at all."""
+    """Write images as an FFCV .beton file, whole or not at all; killed, the same command goes on."""
     from arae.data.encode import EncodeOptions, encode
+    from arae.launch import Where, checkout_module, stop_requested
     from arae.progress import Progress
 
     chosen = load_options(EncodeOptions, options or (), where="arae encode")
-    with Progress() as progress:
-        manifest = encode(source, dest, chosen, progress.task)
+    where = Where(workers=workers, address=address)
+    runner = checkout_module("cluster.encode").OnCluster(where) if workers else None
+    with stop_requested() as stop, Progress() as progress:
+        pace = Pace()
+
+        def tell(what: str, done: int, total: int) -> None:
+            if stop():
+                raise Stopped(f"{dest}: stopped; the shards that are done are kept, the same command goes on from them")
+            progress.task(what, done, total, pace.rate(what, done))
+
+        manifest = encode(source, dest, chosen, tell, runner=runner, note=progress.note)
     names = ", ".join(manifest.classes[:20]) + (", …" if len(manifest.classes) > 20 else "")
     typer.echo(
         f"{dest}: {manifest.n} images, {manifest.bytes / 2**20:.1f} MiB, {len(manifest.classes)} classes: {names}"
     )
     for name, reason in manifest.skipped:
         typer.echo(f"arae: left out {name}: {reason}", err=True)
+
+
+class Pace:
+    """Images a second of what is being done, from where it began."""
+
+    def __init__(self) -> None:
+        self._begun: dict[str, tuple[int, float]] = {}
+
+    def rate(self, what: str, done: int) -> str:
+        """`812 images/s`; nothing at first."""
+        first, start = self._begun.setdefault(what, (done, time.monotonic()))
+        seconds = time.monotonic() - start
+        return f"{(done - first) / seconds:.0f} images/s" if done > first and seconds > 0 else ""
 
 
 @app.command()

@@ -1,7 +1,8 @@
-"""Commands that look at runs: report, ui."""
+"""Commands that look at runs: status, runs, report, ui."""
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +11,41 @@ import typer
 
 from arae.cli.options import app
 from arae.runs import RunFolder, runs_root
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def status(
+    run: Annotated[str, typer.Argument(help="A run folder, or a run's name.")],
+    as_json: Json = False,
+    follow: Annotated[bool, typer.Option("--follow", help="Then show its progress until it ends.")] = False,
+) -> None:
+    """Say how a run stands: step, time left, speed of each worker, states, restarts. Needs no cluster."""
+    from arae.status import as_document, find_run, status_of
+    from arae.watching import follow as follow_run
+    from arae.watching import lines
+
+    folder = find_run(run)
+    found = status_of(folder)
+    typer.echo(json.dumps(as_document(found)) if as_json else "\n".join(lines(found)))
+    if follow:
+        follow_run(folder, sys.stdout)
+
+
+@app.command()
+def runs(as_json: Json = False) -> None:
+    """List all runs: how each stands, its step, when it was last heard, its main numbers."""
+    from arae.status import all_runs, as_document
+    from arae.watching import table
+
+    found = all_runs()
+    if as_json:
+        typer.echo(json.dumps([as_document(one) for one in found]))
+    elif found:
+        typer.echo("\n".join(table(found)))
+    else:
+        typer.echo(f"{runs_root()}: no runs yet; `arae train RECIPE` makes one", err=True)
 
 
 @app.command()

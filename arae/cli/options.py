@@ -25,7 +25,37 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[key=value]...", help="Dotted overrides: encoder.attack.eps=1.5")
 ]
 Workers = Annotated[int | None, typer.Option(help="Train through Ray Train on this many workers.")]
-Address = Annotated[str | None, typer.Option(help="A running Ray cluster: auto, or ray://host:port.")]
+PANEL = "Workers (Ray Train)"
+Group = Annotated[
+    str | None,
+    typer.Option(
+        "--workers",
+        metavar="N|MIN:MAX",
+        rich_help_panel=PANEL,
+        help="Train through Ray Train on this many workers; MIN:MAX lets the group shrink and grow with the cluster.",
+    ),
+]
+Address = Annotated[
+    str | None,
+    typer.Option(rich_help_panel=PANEL, help="A running Ray cluster: auto, or ray://host:port; default: this machine."),
+]
+Cpus = Annotated[int | None, typer.Option(rich_help_panel=PANEL, help="CPU cores for each worker; default: 1.")]
+Gpus = Annotated[
+    int | None,
+    typer.Option(rich_help_panel=PANEL, help="GPUs for each worker, 0 or 1; default: 1 where the cluster has any."),
+]
+Placement = Annotated[
+    str, typer.Option(rich_help_panel=PANEL, help="pack: workers close together; spread: on many machines.")
+]
+Restarts = Annotated[
+    int, typer.Option(rich_help_panel=PANEL, help="Failures of workers and machines that a launch survives.")
+]
+Wait = Annotated[
+    float, typer.Option(rich_help_panel=PANEL, help="Minutes without the workers asked for, then it gives up (75).")
+]
+Timeout = Annotated[
+    int, typer.Option(rich_help_panel=PANEL, help="Seconds after which a worker that does not answer is replaced.")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")]
 
 
@@ -37,11 +67,34 @@ def one_trip(recipe: Recipe) -> None:
         )
 
 
-def where_of(workers: int | None, address: str | None, device: str | None) -> Where:
-    """Where to run, from the flags."""
-    from arae.launch import Where
+def where_of(
+    workers: str | None,
+    address: str | None,
+    device: str | None,
+    *,
+    cpus: int | None = None,
+    gpus: int | None = None,
+    placement: str = "pack",
+    restarts: int = 100,
+    wait: float = 30.0,
+    timeout: int = 600,
+) -> Where:
+    """Where to run, from the flags; InputError for what can't be."""
+    from arae.launch import Where, parse_workers
 
-    return Where(workers=workers, address=address, device=device)
+    least, most = (None, None) if workers is None else parse_workers(workers)
+    return Where(
+        workers=least,
+        most=most,
+        address=address,
+        device=device,
+        cpus=cpus,
+        gpus=gpus,
+        placement=placement,
+        restarts=restarts,
+        wait=wait,
+        timeout=timeout,
+    )
 
 
 def columns(rows: list[tuple[str, str]]) -> None:

@@ -15,7 +15,7 @@ from arae.runs import runs_root
 @app.command()
 def ls(
     what: Annotated[
-        str, typer.Argument(help="recipes, data, encoders, decoders, discriminators, metrics or runs")
+        str, typer.Argument(help="recipes, data, encoders, decoders, discriminators or metrics")
     ] = "recipes",
 ) -> None:
     """List what there is by name."""

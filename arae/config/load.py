@@ -71,6 +71,10 @@ def _recipe_path(name: str, beside: Path = Path()) -> Path:
     if name in shipped:
         return shipped[name]
     path = beside / name
+    if not path.exists():  # it may be a run at a URL
+        from arae.storage import fetched, is_url
+
+        path = fetched(name if is_url(name) else path)
     if path.is_dir() and (path / RESOLVED).is_file():
         return path / RESOLVED
     if path.is_file():

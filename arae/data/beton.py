@@ -21,12 +21,12 @@ from arae.errors import InputError
 FORMAT_VERSION = 2
 SHA256_BYTES = 2 << 30  # files up to this size are hashed whenever they are opened
 RAW, JPEG = 1, 0
-_HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("n", "<u8"), ("table", "<u8")], align=True)
-_FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
+HEADER = np.dtype([("version", "<u2"), ("fields", "<u2"), ("page", "<u4"), ("n", "<u8"), ("table", "<u8")], align=True)
+FIELD = np.dtype([("type", "u1"), ("name", "u1", 16), ("arguments", "u1", 1024)], align=True)
 _IMAGE = np.dtype([("mode", "u1"), ("width", "<u2"), ("height", "<u2"), ("pointer", "<u8")])
-_SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
-_ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
-_TYPES = (2, 1)  # an RGB image, then an integer
+SAMPLE = np.dtype([("image", _IMAGE), ("label", "<i8")], align=True)
+ALLOCATION = np.dtype([("sample", "<u8"), ("pointer", "<u8"), ("size", "<u8")])
+TYPES = (2, 1)  # an RGB image, then an integer
 _AGAIN = "write it again with `arae encode`"
 
 
@@ -145,32 +145,32 @@ def check(path: Path, what: str = "") -> Beton:
 
 
 def _tables(path: Path, size: int, where: str) -> tuple[int, tuple[str, str], np.ndarray]:
-    start = _HEADER.itemsize + len(_TYPES) * _FIELD.itemsize
+    start = HEADER.itemsize + len(TYPES) * FIELD.itemsize
     if size < start:
         raise InputError(f"{where} is not a .beton file ({size} bytes); {_AGAIN}")
-    header = np.fromfile(path, _HEADER, count=1)[0]
+    header = np.fromfile(path, HEADER, count=1)[0]
     page = int(header["page"])
     if header["version"] != FORMAT_VERSION or page < 1 << 21 or page & (page - 1):
         raise InputError(f"{where} is not a .beton file of FFCV's format {FORMAT_VERSION}; {_AGAIN}")
-    if header["fields"] != len(_TYPES):
+    if header["fields"] != len(TYPES):
         raise InputError(f"{where} has {header['fields']} fields; an image and a label are needed; {_AGAIN}")
-    fields = np.fromfile(path, _FIELD, count=len(_TYPES), offset=_HEADER.itemsize)
-    if tuple(fields["type"]) != _TYPES:
+    fields = np.fromfile(path, FIELD, count=len(TYPES), offset=HEADER.itemsize)
+    if tuple(fields["type"]) != TYPES:
         raise InputError(f"{where} has other fields than an RGB image and an integer label; {_AGAIN}")
     n, table = int(header["n"]), int(header["table"])
     if table == 0:
         raise InputError(f"{where} was never finished; {_AGAIN}")
-    if n < 1 or start + n * _SAMPLE.itemsize > table or table + n * _ALLOCATION.itemsize != size:
+    if n < 1 or start + n * SAMPLE.itemsize > table or table + n * ALLOCATION.itemsize != size:
         raise InputError(f"{where} is truncated or damaged: {size} bytes can't hold its {n} images; {_AGAIN}")
     names = [bytes(name).split(b"\0")[0].decode("ascii", "replace") for name in fields["name"]]
-    return table, (names[0], names[1]), np.fromfile(path, _SAMPLE, count=n, offset=start)
+    return table, (names[0], names[1]), np.fromfile(path, SAMPLE, count=n, offset=start)
 
 
 def _check_data(path: Path, table: int, samples: np.ndarray, where: str) -> None:
     """Every image's bytes lie inside the data region, and are as many as its shape needs."""
     images = samples["image"]
-    allocations = np.fromfile(path, _ALLOCATION, offset=table)
-    data_start = _HEADER.itemsize + len(_TYPES) * _FIELD.itemsize + samples.nbytes
+    allocations = np.fromfile(path, ALLOCATION, offset=table)
+    data_start = HEADER.itemsize + len(TYPES) * FIELD.itemsize + samples.nbytes
     by_sample = allocations[np.argsort(allocations["sample"], kind="stable")]
     area = images["height"].astype(np.uint64) * images["width"]
     raw = images["mode"] == RAW

@@ -6,7 +6,7 @@ FFCV's iterator hides errors of its thread and hangs; ours passes them on. FFCV 
 
 from __future__ import annotations
 
-import math
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, cast
@@ -15,14 +15,13 @@ import numpy as np
 import torch
 
 from arae.data.beton import JPEG, Beton
+from arae.data.cache import Cache, best_cache, chosen_cache
+from arae.data.memory import available_memory
+from arae.data.windows import window
 from arae.errors import InputError
-from arae.seeds import FIRST, GOLDEN, SECOND, mix
 
 JIT_FROM = 50_000  # images from which compiling (some seconds) is made up for
 CHUNK = 256
-CROP_SCALE = (0.08, 1.0)  # share of the area, and aspect 3/4 to 4/3: as in Inception and its successors
-CROP_ASPECT = 4 / 3
-CROP_TRIES = 10
 
 
 class Decoding:
@@ -46,16 +45,15 @@ class Decoding:
         self.crop_seed = crop_seed
         self.workers = workers
         self.jit = file.n >= JIT_FROM if jit is None else jit
-        self._loader: Any = None
+        self._loaders: dict[Cache, Any] = {}
 
     def batches(self, ids: np.ndarray) -> Iterator[torch.Tensor]:
         """For ids int64 [k, m] (epoch * samples of the file + sample): k tensors uint8 [m, 3, H, W] on the CPU."""
         if not ids.size:
             return
-        if self._loader is None:
-            self._loader = self._open()
-        self._loader.batch_size = ids.shape[1]
-        iterator = _iterator_class()(self._loader, np.ascontiguousarray(ids.reshape(-1)))
+        loader = self._loader(ids)
+        loader.batch_size = ids.shape[1]
+        iterator = _iterator_class()(loader, np.ascontiguousarray(ids.reshape(-1)))
         try:
             for (images,) in iterator:  # the buffer is used again: copy before yielding
                 yield torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
@@ -64,7 +62,30 @@ class Decoding:
         finally:
             iterator.close()
 
-    def _open(self) -> Any:
+    def _loader(self, ids: np.ndarray) -> Any:
+        """FFCV's loader with the cache that is best for these ids; at most one of each is opened."""
+        kind = chosen_cache()
+        size, available = self.file.path.stat().st_size, available_memory()
+        if kind is None and size <= available:
+            kind = "page"
+        if kind is None:
+            reader = self._opened("page").reader
+            table = reader.alloc_table[np.argsort(reader.alloc_table["sample_id"], kind="stable")]
+            rows = ids % self.file.n
+            pages, wanted = (table["ptr"] // reader.page_size)[rows], int(table["size"][rows].sum())
+            processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            kind = best_cache(size, pages.astype(np.int64), int(reader.page_size), wanted, available, processes)
+        return self._opened(kind)
+
+    def _opened(self, kind: Cache) -> Any:
+        if kind not in self._loaders:
+            loader = self._loaders[kind] = self._open(kind)
+            schedule, n = loader.memory_manager.schedule_epoch, self.file.n
+            # Our ids carry the epoch; the cache knows samples of the file.
+            loader.memory_manager.schedule_epoch = lambda batches: schedule([batch % n for batch in batches])
+        return self._loaders[kind]
+
+    def _open(self, kind: Cache) -> Any:
         import numba
         from ffcv.loader import Loader, OrderOption
         from ffcv.pipeline.compiler import Compiler
@@ -80,7 +101,7 @@ class Decoding:
                 str(self.file.path),
                 batch_size=1,
                 num_workers=workers,
-                os_cache=True,
+                os_cache=kind == "page",
                 order=OrderOption.SEQUENTIAL,
                 pipelines=pipelines,
                 drop_last=False,
@@ -142,45 +163,6 @@ def need_ffcv(what: str) -> None:
 
 
 @cache
-def _random_crop() -> Any:
-    """Compiled on its own in every mode, without fast math: the same operations give the same crops everywhere."""
-    import numba
-
-    golden, first, second, half = np.uint64(GOLDEN), np.uint64(FIRST), np.uint64(SECOND), 0.5 * math.log(CROP_ASPECT)
-    r27, r30, r31, r11 = np.uint64(27), np.uint64(30), np.uint64(31), np.uint64(11)
-    low, span, tries = CROP_SCALE[0], CROP_SCALE[1] - CROP_SCALE[0], CROP_TRIES
-
-    @numba.njit("uint64(uint64, uint64)")
-    def fold(state, part):  # noqa: ANN001, ANN202 -- compiled code
-        z = (state ^ part) + golden
-        z = (z ^ (z >> r30)) * first
-        z = (z ^ (z >> r27)) * second
-        return z ^ (z >> r31)
-
-    @numba.njit("float64(uint64, int64)")
-    def uniform(state, number):  # noqa: ANN001, ANN202
-        return ((fold(state, np.uint64(number)) << np.uint64(1)) >> r11) * 2.0**-53
-
-    @numba.njit("UniTuple(int64, 4)(uint64, int64, int64, int64, int64)", nogil=True)
-    def crop(address, epoch, sample, height, width):  # noqa: ANN001, ANN202
-        state = fold(fold(fold(np.uint64(0), address), np.uint64(epoch)), np.uint64(sample))
-        for attempt in range(tries):
-            side = math.sqrt(height * width * (low + span * uniform(state, 4 * attempt)))
-            x = (2.0 * uniform(state, 4 * attempt + 1) - 1.0) * half
-            # exp(x) for |x| < 0.15 by its series, to 1e-13: libraries differ in the last bit of theirs.
-            stretch = 1 + x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
-            w, h = int(side * stretch + 0.5), int(side / stretch + 0.5)
-            if 0 < w <= width and 0 < h <= height:
-                top = int(uniform(state, 4 * attempt + 2) * (height - h + 1))
-                left = int(uniform(state, 4 * attempt + 3) * (width - w + 1))
-                return top, left, h, w
-        h, w = min(height, width * 4 // 3), min(width, height * 4 // 3)
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    return crop
-
-
-@cache
 def _decoder_class() -> Any:
     from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
     from ffcv.libffcv import imdecode, resize_crop
@@ -205,7 +187,7 @@ def _decoder_class() -> Any:
             mem_read: Any = self.memory_read
             my_range = Compiler.get_iterator()
             imdecode_c, resize_c = Compiler.compile(imdecode), Compiler.compile(resize_crop)
-            window = _window(self.crop_seed, self.n, self.output_size)
+            cut = window(self.crop_seed, self.n, self.output_size)
             n, jpeg, (out_height, out_width) = self.n, JPEG, self.output_size
 
             def decode(batch_indices, my_storage, metadata, storage_state):  # noqa: ANN001, ANN202
@@ -219,7 +201,7 @@ def _decoder_class() -> Any:
                         imdecode_c(data, image, height, width, height, width, 0, 0, 1, 1, False, False)
                     else:
                         image = data.reshape(height, width, 3)
-                    top, left, h, w = window(batch_indices[k], height, width)
+                    top, left, h, w = cut(batch_indices[k], height, width)
                     if h == out_height and w == out_width:
                         destination[k] = image[top : top + h, left : left + w]
                     else:
@@ -230,28 +212,6 @@ def _decoder_class() -> Any:
             return decode
 
     return Decoder
-
-
-def _window(crop_seed: int | None, n: int, size: tuple[int, int]) -> Any:
-    """(id, height, width) → (top, left, height, width) of what is cut out."""
-    from ffcv.pipeline.compiler import Compiler
-
-    out_height, out_width = size
-
-    def centre(_, height, width):  # noqa: ANN001, ANN202 -- the largest window of the output's aspect
-        h, w = min(height, width * out_height // out_width), min(width, height * out_width // out_height)
-        h, w = max(h, 1), max(w, 1)
-        return (height - h) // 2, (width - w) // 2, h, w
-
-    if crop_seed is None:
-        return Compiler.compile(centre)
-    crop: Any = _random_crop()
-    address = np.uint64(mix(crop_seed, "crop"))
-
-    def random(identity, height, width):  # noqa: ANN001, ANN202
-        return crop(address, identity // n, identity % n, height, width)
-
-    return Compiler.compile(random)
 
 
 @cache
@@ -292,5 +252,8 @@ def _iterator_class() -> Any:
             self.terminate_event.set()
             if self.is_alive():
                 self.join()
+            if not self.closed:
+                self.closed = True
+                self.memory_context.__exit__(None, None, None)  # ends the process cache's threads
 
     return Batches

@@ -1,145 +1,121 @@
-"""Writing `.beton` files with FFCV's writer, in threads.
+"""Writing `.beton` files: the layout of FFCV's own writer, byte for byte, from images that are encoded already.
 
-FFCV's own loop forks processes and waits for ever when one of them dies (a full disk, a broken image). Decoding,
-resizing and JPEG release Python's lock, so threads do as well, need no `__main__` guard, and their errors arrive here.
+FFCV's writer forks processes, waits for ever when one of them dies, and puts images where the processes' race leaves
+them. Here the place of every image follows from the sizes of those before it, as FFCV's writer has it with one process:
+so the file is the same however many machines encoded its images.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from queue import SimpleQueue
-from types import SimpleNamespace
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
-MIN_PAGE = 1 << 21
-_POLL = 0.1  # seconds between looks at the counters
+from arae.data.beton import ALLOCATION, FIELD, FORMAT_VERSION, HEADER, SAMPLE, TYPES
+from arae.files import HashingFile
+
+MIN_PAGE, USUAL_PAGE, MANY = 1 << 21, 1 << 23, 32
+_NAMES = (b"image", b"label")
+_TELL = 256  # images between two calls of `progress`
 
 
-class Samples(Protocol):
-    """What is written: sample i is ((image uint8 [H, W, 3], as JPEG), label)."""
+@dataclass(frozen=True)
+class Contents:
+    """The images of a file, in order; all int64 [n]."""
 
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[tuple[np.ndarray, bool], int]: ...
-
-
-class _CancelledError(Exception):
-    pass
-
-
-class _Counter:
-    """Counts over threads, in place of FFCV's counter over processes; raises in those that wait once one has failed."""
-
-    def __init__(self, failed: threading.Event) -> None:
-        self.failed = failed
-        self.lock = threading.RLock()
-        self.count = 0
-
-    def get_lock(self) -> threading.RLock:  # type: ignore[valid-type]
-        return self.lock
-
-    @property
-    def value(self) -> int:
-        if self.failed.is_set():
-            raise _CancelledError
-        return self.count
-
-    @value.setter
-    def value(self, count: int) -> None:
-        self.count = count
+    heights: np.ndarray
+    """Pixels."""
+    widths: np.ndarray
+    modes: np.ndarray
+    """`beton.JPEG` or `beton.RAW`."""
+    sizes: np.ndarray
+    """Bytes as written."""
+    labels: np.ndarray
 
 
-def page_size(largest: int) -> int:
-    """Smallest page of FFCV's that holds an image of `largest` bytes (a power of two, 2 MiB or more)."""
-    # JPEG of noise can be larger than its pixels by its header.
-    return max(MIN_PAGE, 1 << (largest + (1 << 16)).bit_length())
+def page_size(largest: int, total: int) -> int:
+    """Bytes of a page (a power of two) for images of up to `largest` bytes, `total` bytes together.
 
-
-def write(
-    path: Path, samples: Samples, *, quality: int, largest: int, threads: int, progress: Callable[[int], None]
-) -> None:
-    """Write the samples in order. `largest` bounds an image's bytes; `progress` is told the number written so far.
-
-    Raises what a thread raised (OSError for a full disk).
+    No image lies across two pages, so the end of a page stays empty: a fifth of it where three photographs of 500 × 375
+    pixels go into FFCV's smallest, 2 MiB. Files of many such pages get FFCV's usual 8 MiB.
     """
-    from ffcv.fields import IntField, RGBImageField
-    from ffcv.writer import DatasetWriter
-
-    class Image(RGBImageField):
-        """Takes (image, as JPEG): the choice is the sample's, not drawn from a global generator."""
-
-        def encode(self, destination: Any, image: tuple[np.ndarray, bool], malloc: Any) -> None:
-            (jpeg if image[1] else raw).encode(destination, image[0], malloc)
-
-    jpeg, raw = RGBImageField("jpg", jpeg_quality=quality), RGBImageField("raw")
-
-    class Writer(DatasetWriter):
-        """FFCV's writer with its processes replaced."""
-
-        def _write_common(self, num_samples: int, queue_content: Any, work_fn: Any, extra_worker_args: Any) -> None:
-            self.num_samples = num_samples
-            self.prepare()
-            shared = self.metadata_sm
-            size = num_samples * self.metadata_type.itemsize
-            shared.close()  # type: ignore[attr-defined]
-            shared.unlink()  # type: ignore[attr-defined]
-            self.metadata_sm = SimpleNamespace(buf=bytearray(size))  # one process needs no shared memory
-            fields = {"image": Image(), "label": self.fields["label"]}
-            self.finalize(_in_threads(self, fields, queue_content, work_fn, extra_worker_args, progress))
-
-    fields = {"image": RGBImageField("raw"), "label": IntField()}
-    writer = Writer(str(path), fields, page_size=page_size(largest), num_workers=threads)
-    writer.from_indexed_dataset(samples, chunksize=16)
+    # JPEG of noise can be larger than its pixels by its header.
+    page = max(MIN_PAGE, 1 << (largest + (1 << 16)).bit_length())
+    while page < USUAL_PAGE and total > MANY * page:
+        page *= 2
+    return page
 
 
-def _in_threads(
-    writer: Any, fields: dict[str, Any], chunks: Any, work_fn: Any, extra: Any, progress: Callable[[int], None]
-) -> list[Any]:
-    """Run FFCV's worker function in threads; their allocations, or the first error of one."""
-    from ffcv.memory_allocator import MemoryAllocator
+def jpeg(image: np.ndarray, quality: int) -> bytes:
+    """uint8 [H, W, 3] in RGB as JPEG of quality 1..100, by the encoder that FFCV uses."""
+    import cv2
 
-    failed = threading.Event()
-    errors: list[BaseException] = []
-    done, allocated, written = (_Counter(failed) for _ in range(3))
-    work: SimpleQueue[Any] = SimpleQueue()
-    results: SimpleQueue[Any] = SimpleQueue()
-    for item in (*chunks, *[None] * writer.num_workers):
-        work.put(item)
-
-    def run(allocator: Any) -> None:
-        try:
-            work_fn(work, writer.metadata_sm, writer.metadata_type, fields, allocator, done, results, *extra)
-        except BaseException as error:  # noqa: BLE001 -- raised again by the caller
-            errors.append(error)
-            failed.set()
-        finally:
-            if hasattr(allocator, "fp"):  # FFCV leaves it open where the last page can't be written
-                allocator.fp.close()
-
-    threads = []
-    for _ in range(writer.num_workers):
-        allocator: Any = MemoryAllocator(writer.fname, writer.data_region_start, writer.page_size)
-        allocator.next_page_allocated, allocator.next_page_written = allocated, written
-        threads.append(threading.Thread(target=run, args=(allocator,), daemon=True))
-    for thread in threads:
-        thread.start()
-    try:
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(_POLL)
-                progress(done.count)
-    finally:
-        failed.set()  # an interrupt here ends the threads too
-    real = [error for error in errors if not isinstance(error, _CancelledError)]
-    if real:
-        raise real[0]
-    return [entry for allocations in _drain(results) for entry in allocations]
+    good, made = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    if not good:
+        raise ValueError(f"an image of {image.shape[1]} × {image.shape[0]} pixels can't be written as JPEG")
+    return made.tobytes()
 
 
-def _drain(results: SimpleQueue[Any]) -> Iterator[Any]:
-    while not results.empty():
-        yield results.get()
+def write(file: HashingFile, contents: Contents, images: Iterable[bytes], progress: Callable[[int], None]) -> None:
+    """Write a whole `.beton` from the start of `file`. `images` are the bytes of each image, in order.
+
+    `progress` is told the number written so far. OSError where the disk is full.
+    """
+    head, pointers, page = _head(contents)
+    file.write(head)
+    for number, (pointer, content) in enumerate(zip(pointers.tolist(), images, strict=True), 1):
+        file.write(bytes(pointer - file.count))
+        file.write(content)
+        if number % _TELL == 0 or number == len(pointers):
+            progress(number)
+    file.write(bytes(-file.count % page))  # whole pages: FFCV reads nothing less
+    file.write(_allocations(pointers, contents.sizes))
+
+
+def _head(contents: Contents) -> tuple[bytes, np.ndarray, int]:
+    """All that comes before the images; where each image lies, int64 [n]; bytes of a page."""
+    n = len(contents.sizes)
+    page = page_size(int((contents.heights * contents.widths).max()) * 3, int(contents.sizes.sum()))
+    fields = np.zeros(len(TYPES), FIELD)
+    for field, kind, name in zip(fields, TYPES, _NAMES, strict=True):
+        field["type"] = kind
+        field["name"][: len(name)] = np.frombuffer(name, np.uint8)
+    samples = np.zeros(n, SAMPLE)
+    begin = HEADER.itemsize + fields.nbytes + samples.nbytes
+    pointers, end = places(contents.sizes, page, -(-begin // page) * page)
+    samples["label"] = contents.labels
+    for name, values in (
+        ("mode", contents.modes),
+        ("width", contents.widths),
+        ("height", contents.heights),
+        ("pointer", pointers),
+    ):
+        samples["image"][name] = values
+    header = np.zeros((), HEADER)
+    for name, value in (
+        ("version", FORMAT_VERSION),
+        ("fields", len(TYPES)),
+        ("page", page),
+        ("n", n),
+        ("table", end),
+    ):
+        header[name] = value
+    return header.tobytes() + fields.tobytes() + samples.tobytes(), pointers, page
+
+
+def places(sizes: np.ndarray, page: int, start: int) -> tuple[np.ndarray, int]:
+    """Where each image lies, none across the border of a page, and the end of the last page."""
+    places, at = [], start
+    for size in sizes.tolist():
+        if at % page + size > page:
+            at += -at % page
+        places.append(at)
+        at += size
+    return np.array(places, np.int64), at + -at % page
+
+
+def _allocations(pointers: np.ndarray, sizes: np.ndarray) -> bytes:
+    table = np.zeros(len(pointers), ALLOCATION)
+    table["sample"], table["pointer"], table["size"] = np.arange(len(pointers)), pointers, sizes
+    return table.tobytes()

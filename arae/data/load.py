@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from arae.config import Augment, Data
-from arae.data import arrays, beton, catalog
+from arae.data import arrays, beton, catalog, staging
 from arae.data.arrays import Arrays
 from arae.data.images import fit_array
 from arae.errors import InputError
@@ -121,7 +121,7 @@ def _named(data: Data, split: Literal["train", "test"]) -> Path | None:
     named = data.train if split == "train" else data.test
     if named is None:
         return None
-    path = Path(named)
+    path = staging.local(named, f"data.{split}")
     if not path.is_file():
         raise InputError(f"data.{split}: {path} is not there; `{_encode_command(data, split, path)}` writes it")
     return path

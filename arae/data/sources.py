@@ -1,12 +1,11 @@
-"""What `arae encode` can read: a source is found, its images are listed, looked at once, and read one by one."""
+"""What `arae encode` can read: a source is found, its images are listed, and read one by one."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +17,15 @@ from arae.data.images import Folder, UnusableImageError, fit, fit_array, list_fo
 from arae.errors import InputError
 
 Split = Literal["train", "test", "all"]
-_Look = tuple[int, int, frozenset[str]] | str  # height, width and what is converted; or why it can't be used
-_CHUNK = 64
+# What says that the storage fails, or that the file has gone; anything else is the fault of the image itself.
+_LOST = {
+    getattr(errno, name)
+    for name in (
+        *("ENOENT", "ENOTDIR", "EIO", "ESTALE", "ETIMEDOUT", "ENOTCONN", "ENODEV", "ENXIO", "EHOSTDOWN"),
+        *("EHOSTUNREACH", "EREMOTEIO", "ENOMEM", "EMFILE", "ENFILE"),
+    )
+    if hasattr(errno, name)
+}
 _IDX_HINT = "a catalogue name, an image folder, an .npz, or two idx files as images-file,labels-file"
 
 
@@ -42,26 +48,35 @@ class Found:
     """Files that are no images, and why."""
 
     def read(self, position: int, size: int | None, *, crop: bool) -> tuple[np.ndarray, set[str]]:
-        """One image, uint8 [H, W, 3] in the wanted size, and what was converted; UnusableImageError says why not."""
+        """One image, uint8 [H, W, 3] in the wanted size, and what was converted.
+
+        UnusableImageError says why it can't be used; LostImageError that its storage does not give it.
+        """
         if self.images is not None:
             image = fit_array(self.images[position], size, crop=crop)
             return (image if image.ndim == 3 else np.repeat(image[:, :, None], 3, axis=2)), set()
-        rgb, notes = open_rgb(self.root / self.paths[position])
+        path = self.root / self.paths[position]
+        try:
+            rgb, notes = open_rgb(path)
+        except UnusableImageError as error:
+            # An image must not be left out because a mount hangs or memory is short where it was read.
+            cause = error.__context__
+            if isinstance(cause, MemoryError) or (isinstance(cause, OSError) and cause.errno in _LOST):
+                raise LostImageError(f"{path}: {error}") from None
+            raise
         return np.asarray(fit(rgb, size, crop=crop)), notes
 
+    def part(self, start: int, stop: int) -> Found:
+        """The images `start` to `stop - 1`, numbered from 0: all that a worker needs to be sent."""
+        images = None if self.images is None else self.images[start:stop]
+        root = self.root.absolute()
+        return replace(
+            self, labels=self.labels[start:stop], images=images, root=root, paths=self.paths[start:stop], skipped=()
+        )
 
-@dataclass(frozen=True)
-class Survey:
-    """What a look at every image of a source found."""
 
-    usable: np.ndarray
-    """Positions in the source, int64 [n], in order."""
-    heights: np.ndarray
-    """int64 [n], pixels, as they will be written."""
-    widths: np.ndarray
-    notes: tuple[frozenset[str], ...]
-    """What is converted, of each usable image."""
-    skipped: tuple[tuple[str, str], ...]
+class LostImageError(Exception):
+    """An image that was listed can't be read any more; the text says which, and why."""
 
 
 def find(source: str, place: str | None, split: Split, limit: int | None) -> Found:
@@ -82,35 +97,6 @@ def find(source: str, place: str | None, split: Split, limit: int | None) -> Fou
         raise InputError(f"{source}: not there; give {_IDX_HINT}")
     catalog.find(source)  # says the nearest name
     raise InputError(f"{source}: not there; give {_IDX_HINT}")
-
-
-def survey(
-    found: Found, size: int | None, *, crop: bool, threads: int, tell: Callable[[str, int, int], None]
-) -> Survey:
-    """Decode every file to its last byte and note what it will be; broken ones are listed, never dropped."""
-    total = len(found.labels)
-    if found.images is not None:
-        height, width = found.read(0, size, crop=crop)[0].shape[:2]
-        sides = np.full(total, height), np.full(total, width)
-        return Survey(np.arange(total), *sides, (frozenset(),) * total, found.skipped)
-
-    def look(position: int) -> _Look:
-        try:
-            image, notes = found.read(position, size, crop=crop)
-        except UnusableImageError as error:
-            return str(error)
-        return image.shape[0], image.shape[1], frozenset(notes)
-
-    results: list[_Look] = []
-    with ThreadPoolExecutor(threads) as pool:
-        for result in _in_order(pool, look, range(total), 4 * threads):
-            results.append(result)
-            if len(results) % _CHUNK == 0 or len(results) == total:
-                tell("checking", len(results), total)
-    good = [(i, r) for i, r in enumerate(results) if not isinstance(r, str)]
-    bad = [(found.paths[i], r) for i, r in enumerate(results) if isinstance(r, str)]
-    table = np.array([(i, r[0], r[1]) for i, r in good], np.int64).reshape(-1, 3)
-    return Survey(table[:, 0], table[:, 1], table[:, 2], tuple(r[2] for _, r in good), (*found.skipped, *bad))
 
 
 def evenly(labels: np.ndarray, limit: int | None) -> np.ndarray:
@@ -146,10 +132,18 @@ def _from_arrays(read: Arrays, files: Sequence[Path]) -> Found:
 
 def _from_folder(folder: Folder) -> Found:
     files = [folder.root / path for path in (*folder.paths, *(path for path, _ in folder.skipped))]
-    return Found(folder.labels, folder.classes, 3, _listing(files), None, folder.root, folder.paths, folder.skipped)
+    gone: set[Path] = set()
+    listing = _listing(files, gone)
+    there = [i for i, path in enumerate(files[: len(folder.paths)]) if path not in gone] if gone else None
+    if there is not None:  # links to nothing
+        lost = tuple((path, "no such file") for path, file in zip(folder.paths, files, strict=False) if file in gone)
+        paths = tuple(folder.paths[i] for i in there)
+        folder = folder._replace(paths=paths, labels=folder.labels[there], skipped=(*folder.skipped, *lost))
+    return Found(folder.labels, folder.classes, 3, listing, None, folder.root, folder.paths, folder.skipped)
 
 
-def _listing(files: Sequence[Path]) -> str:
+def _listing(files: Sequence[Path], gone: set[Path] | None = None) -> str:
+    """Hash of names, sizes and times of change; the files that are not there are added to `gone`."""
     digest = hashlib.sha256()
     for path in files:
         try:
@@ -157,21 +151,6 @@ def _listing(files: Sequence[Path]) -> str:
             digest.update(f"{path.absolute()}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
         except OSError:
             digest.update(f"{path.absolute()}\0gone\n".encode())
+            if gone is not None:
+                gone.add(path)
     return digest.hexdigest()
-
-
-def _in_order(
-    pool: ThreadPoolExecutor, work: Callable[[int], _Look], items: Iterable[int], ahead: int
-) -> Iterable[_Look]:
-    """`map` that holds only `ahead` results, and stops at an interrupt."""
-    waiting: list[Future[_Look]] = []
-    source = iter(items)
-    try:
-        for item in itertools.islice(source, ahead):
-            waiting.append(pool.submit(work, item))
-        while waiting:
-            yield waiting.pop(0).result()
-            waiting += [pool.submit(work, item) for item in itertools.islice(source, 1)]
-    finally:
-        for future in waiting:
-            future.cancel()

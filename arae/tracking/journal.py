@@ -22,6 +22,7 @@ Operation = dict[str, Any]
 
 LOWER = ("loss", "lpips", "fid", "error")
 HIGHER = ("accuracy", "psnr", "ssim", "auroc")
+RESTARTS = "restarts"  # metric: how many; tag: why
 
 
 @contextmanager
@@ -144,6 +145,8 @@ class Card:
     """Newest value of each metric of the epochs (`encoder/epoch/…`)."""
     best: dict[str, float] = field(default_factory=dict)
     """Best value of each metric of the epochs."""
+    restarts: list[str] = field(default_factory=list)
+    """The newest restarts, a line each, as MLflow's tag `restarts` shows them."""
 
     @classmethod
     def load(cls, path: Path) -> Card:
@@ -164,6 +167,8 @@ class Card:
             self._absorb_run(operation)
         elif operation["op"] == "metrics" and operation.get("series"):
             self._absorb_metrics(operation["series"], operation["step"], operation["values"])
+        elif operation["op"] == "tag" and operation["key"] == RESTARTS:
+            self.restarts = operation["value"].splitlines()
 
     def _absorb_run(self, operation: Operation) -> None:
         if (

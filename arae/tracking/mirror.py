@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -36,6 +37,7 @@ ENVIRONMENT = {
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven processes beside `arae ui`'s server, for what we never ask
 }
 
 
@@ -46,7 +48,12 @@ def log_note(text: str) -> None:
 
 def first_line(error: Exception) -> str:
     """What an exception says, short enough for a note."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return without_password((str(error).strip().splitlines() or [type(error).__name__])[0])[:200]
+
+
+def without_password(text: str) -> str:
+    """The text, user and password of the URLs in it left out: it goes to logs and terminals."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1", text)
 
 
 def default_uri(runs_root: Path) -> str:

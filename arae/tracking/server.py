@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 
 from arae.errors import InputError
-from arae.tracking.mirror import log_note, prepare_environment, send_pending, tracking_uri
+from arae.tracking.mirror import log_note, prepare_environment, send_pending, tracking_uri, without_password
 
 GRACE = 10.0  # seconds the server has to end after a signal
 
@@ -36,7 +36,7 @@ def ui(runs_root: Path, host: str = "127.0.0.1", port: int = 5000) -> int:
     if sent:
         _say(f"sent {sent} operations that were pending")
     if is_server:
-        _say(f"MLflow runs at {uri} (MLFLOW_TRACKING_URI): open it in a browser")
+        _say(f"MLflow runs at {without_password(uri)} (MLFLOW_TRACKING_URI): open it in a browser")
         return 0
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise InputError(

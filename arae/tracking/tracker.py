@@ -8,30 +8,40 @@ tracker on the folder, by `arae ui`, or by `send_pending`.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
-import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
-from arae.config import Recipe, difference
+from arae.config import Recipe
 from arae.errors import Stopped
-from arae.provenance import git_revision
-from arae.records import Record, Threat
+from arae.pace import restart_words
+from arae.records import Record
 from arae.runs import RunFolder
-from arae.tracking.journal import Card, Journal, Operation
+from arae.tracking.journal import RESTARTS, Card, Journal, Operation
 from arae.tracking.mirror import CARD, PENDING, Note, Sender, first_line, log_note
+from arae.tracking.operations import (
+    metric_name,
+    metrics,
+    milliseconds,
+    numbers,
+    opening,
+    record_names,
+    renamed,
+    speeds,
+    text,
+)
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
 LONGEST_PAUSE = 30.0  # seconds between attempts while the server is away
-LONGEST_VALUE = 5000  # characters; MLflow takes 6000 in a parameter, 8000 in a tag
+CLOSING_S = 15.0  # that the end of a command waits for MLflow
+STOPPING_S = 5.0  # likewise where it was stopped: whoever did may kill it next
+MOST_RESTARTS, LONGEST_REASON = 20, 240  # whose reasons are kept in a tag, and their characters
 
 _said_missing = threading.Event()
 
@@ -84,12 +94,12 @@ class Tracker:
         records = list(records)
         for name, record in record_names(records, self._dataset).items():
             if record.value is not None:
-                self._add(_metrics({name: record.value}, 0, _milliseconds(record.time)))
+                self._add(metrics({name: record.value}, 0, milliseconds(record.time)))
         radii = {record.model.train_eps for record in records}
         if len(radii) == 1:
             (eps,) = radii
             self._add(
-                _metrics({"train_eps": eps}, 0, min(_milliseconds(record.time) for record in records)),
+                metrics({"train_eps": eps}, 0, min(milliseconds(record.time) for record in records)),
                 {"op": "param", "key": "train_eps", "value": f"{eps:g}"},
             )
         if self.folder.records.is_file():
@@ -101,12 +111,12 @@ class Tracker:
         place = path.relative_to(self.folder.path) if inside else path.absolute()
         self._add({"op": "artifact", "path": str(place), "to": to})
 
-    def close(self, status: Status = "FINISHED", timeout: float = 15.0) -> bool:
+    def close(self, status: Status = "FINISHED", timeout: float = CLOSING_S) -> bool:
         """End the MLflow run; waits at most `timeout` seconds. Returns whether MLflow has heard all of it."""
         if self._thread is None:
             return not self.enabled
         if not self._closing.is_set():
-            self._add({"op": "end", "status": status, "time": _milliseconds(time.time())})
+            self._add({"op": "end", "status": status, "time": milliseconds(time.time())})
         self._closing.set()
         self._wake.set()
         self._thread.join(timeout)
@@ -124,7 +134,8 @@ class Tracker:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         stopped = kind is not None and issubclass(kind, Stopped | KeyboardInterrupt)
-        self.close("FINISHED" if kind is None else "KILLED" if stopped else "FAILED")
+        status: Status = "FINISHED" if kind is None else "KILLED" if stopped else "FAILED"
+        self.close(status, timeout=STOPPING_S if stopped else CLOSING_S)
 
     def _handlers(self) -> dict[str, Callable[[Mapping[str, Any]], None]]:
         return {
@@ -132,11 +143,12 @@ class Tracker:
             "epoch": self._on_epoch,
             "picture": self._on_picture,
             "stage": self._on_stage,
+            "restart": self._on_restart,
+            "group": self._on_group,
         }
 
     def _on_interval(self, event: Mapping[str, Any]) -> None:
-        speed = {"images_per_s": event["images_per_s"]} if "images_per_s" in event else {}
-        self._add_series(event["stage"], event, event["metrics"] | speed)
+        self._add_series(event["stage"], event, event["metrics"] | speeds(event))
 
     def _on_epoch(self, event: Mapping[str, Any]) -> None:
         series = f"{event['stage']}/epoch"
@@ -144,7 +156,7 @@ class Tracker:
         self._add_series(series, event, event["metrics"])
         better = {name: value for name, value in self._card.best.items() if value != best.get(name)}
         self._add(
-            _metrics(_renamed(better, series, f"best/{event['stage']}"), event["step"], _milliseconds(event["time"]))
+            metrics(renamed(better, series, f"best/{event['stage']}"), event["step"], milliseconds(event["time"]))
         )
 
     def _on_picture(self, event: Mapping[str, Any]) -> None:
@@ -155,16 +167,30 @@ class Tracker:
         if state in ("started", "finished"):
             self._add({"op": "tag", "key": "stage", "value": f"{stage} {state}"})
         if state == "finished":
-            values = _renamed(self._card.last, f"{stage}/epoch", f"final/{stage}")
+            values = renamed(self._card.last, f"{stage}/epoch", f"final/{stage}")
             step = max(
                 (self._card.reached[name] for name in self._card.last if name.startswith(f"{stage}/")), default=0
             )
-            self._add(_metrics(values, step, _milliseconds(event["time"])))
+            self._add(metrics(values, step, milliseconds(event["time"])))
+
+    def _on_restart(self, event: Mapping[str, Any]) -> None:
+        count = self._card.reached.get(RESTARTS, 0) + 1  # over all launches, while the event's own is of one
+        when = datetime.fromtimestamp(event["time"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+        lines = [f"{count}. {when} UTC: {restart_words(event)}"[:LONGEST_REASON], *self._card.restarts]
+        self._add(
+            metrics({RESTARTS: count}, count, milliseconds(event["time"])) | {"series": RESTARTS},
+            {"op": "tag", "key": RESTARTS, "value": "\n".join(lines[:MOST_RESTARTS])},
+        )
+
+    def _on_group(self, event: Mapping[str, Any]) -> None:
+        told = {"workers": str(int(event["world_size"])), "hosts": ", ".join(dict.fromkeys(event.get("hosts") or ()))}
+        told |= {key: str(event[key]) for key in ("device", "precision", "engine") if event.get(key)}
+        self._add(*({"op": "tag", "key": key, "value": text(value)} for key, value in told.items() if value))
 
     def _add_series(self, series: str, event: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-        named = {metric_name(f"{series}/{name}"): value for name, value in _numbers(values).items()}
+        named = {metric_name(f"{series}/{name}"): value for name, value in numbers(values).items()}
         news = self._card.news(event["step"], named)
-        self._add(_metrics(news, event["step"], _milliseconds(event["time"])) | {"series": series})
+        self._add(metrics(news, event["step"], milliseconds(event["time"])) | {"series": series})
 
     def _add(self, *operations: Operation) -> None:
         wanted = [o for o in operations if o["op"] != "metrics" or o["values"]]
@@ -202,84 +228,6 @@ class Tracker:
                 pause = min(LONGEST_PAUSE, 2 * pause or 1.0)
             if closing:
                 return
-
-
-def opening(recipe: Recipe, parent: str | None) -> list[Operation]:
-    """What opens a run: itself, its parameters (what differs from the recipe's base) and its tags."""
-    attack = recipe.encoder.attack
-    tags = {
-        "recipe": recipe.base or recipe.name,
-        "digest": recipe.digest,
-        "git": git_revision(),
-        "scale": recipe.scale,
-        "norm": attack.norm or "none",
-        "eps": f"{attack.eps:g}",
-        "dataset": recipe.data.name,
-    }
-    digests = {"encoder": recipe.stage_digest("encoder"), "decoder": recipe.stage_digest("decoder")}
-    run = {"op": "run", "name": recipe.name, "experiment": recipe.name.split("/")[0], "parent": parent}
-    params = [{"op": "param", "key": key, "value": _text(value)} for key, value in difference(recipe).items()]
-    return [
-        run | {"digests": digests, "time": _milliseconds(time.time())},
-        *params,
-        *({"op": "tag", "key": key, "value": _text(value)} for key, value in tags.items()),
-    ]
-
-
-def record_names(records: Iterable[Record], dataset: str) -> dict[str, Record]:
-    """A readable and distinct metric name for each record, such as `final/robust_accuracy.l2-1.5.pgd-50x5`,
-    `final/psnr.reconstruction` or, attacked, `final/psnr.under-l2-1.5.pgd-50x5`; data other than `dataset` are named.
-    """
-    named: dict[str, Record] = {}
-    for record in records:
-        parts = [record.metric]
-        accuracy = record.protocol == "classification"
-        if not accuracy and not (record.threat and record.protocol == "reconstruction"):
-            parts.append(record.protocol)
-        if record.threat:
-            parts.append(("" if accuracy else "under-") + threat_name(record.threat))
-        parts += [record.dataset] * (record.dataset != dataset) + [record.split] * (record.split != "test")
-        name = whole = "final/" + metric_name(".".join(part for part in parts if part))
-        count = 1
-        while name in named:
-            count += 1
-            name = f"{whole}.{count}"
-        named[name] = record
-    return named
-
-
-def threat_name(threat: Threat) -> str:
-    """`l2-1.5.pgd-50x5`: norm, radius, attack, steps × restarts; radii in 8-bit levels as `linf-8of255`."""
-    levels = threat.eps * 255
-    eps = f"{levels:.0f}of255" if threat.norm == "linf" and math.isclose(levels, round(levels)) else f"{threat.eps:g}"
-    return f"{threat.norm}-{eps}.{threat.attack}-{threat.steps}x{threat.restarts}"
-
-
-def metric_name(text: str) -> str:
-    """The text with what MLflow doesn't take in a name (all but letters, digits and `_-. :/`) replaced by `-`."""
-    return re.sub(r"[^A-Za-z0-9_\-. :/]", "-", text)
-
-
-def _metrics(values: Mapping[str, float], step: int, milliseconds: int) -> Operation:
-    return {"op": "metrics", "step": step, "time": milliseconds, "values": dict(values)}
-
-
-def _renamed(values: Mapping[str, float], old: str, new: str) -> dict[str, float]:
-    """The values under `old/`, as values under `new/`."""
-    return {new + name.removeprefix(old): value for name, value in values.items() if name.startswith(f"{old}/")}
-
-
-def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in values.items() if isinstance(value, int | float)}
-
-
-def _text(value: object) -> str:
-    return (value if isinstance(value, str) else json.dumps(value))[:LONGEST_VALUE]
-
-
-def _milliseconds(moment: float | str) -> int:
-    """Unix milliseconds of Unix seconds or of an ISO time."""
-    return round(1000 * (datetime.fromisoformat(moment).timestamp() if isinstance(moment, str) else moment))
 
 
 def _mlflow_is_there(note: Note) -> bool:

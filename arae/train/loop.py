@@ -74,7 +74,7 @@ def advance(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Sav
         if at_interval and meter.steps:
             report(trainer.name, run, done, meter)
             word_every = max(1, min(run.interval, int(WORD_S / meter.step_s)))
-        score = check(trainer.name, run, done, meter) if ends_epoch(run, done) else None
+        score = check(trainer, run, done, meter) if ends_epoch(run, done) else None
         # Workers must agree to stop or to save, which costs them a word: about one a second.
         stopping = late = False
         if at_interval or done % word_every == 0:
@@ -141,14 +141,14 @@ def ends_epoch(run: Fit, done: int) -> bool:
     return (done * batch // n) // every > ((done - 1) * batch // n) // every
 
 
-def check(stage: str, run: Fit, done: int, meter: Meter) -> float | None:
+def check(trainer: Trainer, run: Fit, done: int, meter: Meter) -> float | None:
     """Measure on held-out images and tell it; returns the score that states are compared by, on every worker."""
     score = None
-    with meter.paused():
+    with meter.paused(), trainer.learner.whole():  # one worker measures, which could not ask the others for weights
         if run.log.active:
             measured = run.validate(done)
             epoch = round(done * run.part.batch / run.source.n, 2)
-            run.log.emit("epoch", stage=stage, step=done, epoch=epoch, metrics=meter.epoch() | measured)
+            run.log.emit("epoch", stage=trainer.name, step=done, epoch=epoch, metrics=meter.epoch() | measured)
             score = next((measured[name] for name in SCORES if name in measured), None)
         return run.engine.told(score)
 

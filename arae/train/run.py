@@ -20,6 +20,7 @@ from arae.train.engine import Engine
 from arae.train.faults import storage_told
 from arae.train.log import Listener, Log
 from arae.train.loop import fit
+from arae.train.meter import hosts_of
 from arae.train.networks import decoding, load_comparator, sha256_of, weights_file
 from arae.train.probe import Probe
 from arae.train.stage import Fit, Trainer
@@ -50,6 +51,7 @@ def train(
         engine.go_on_in(states[-1].precision if states else None, recipe.precision)
         if engine.mixed:
             log.note(f"the workers' devices differ: all of them train in {engine.precision}, which each of them has")
+        log.emit("group", hosts=hosts_of(engine), **hardware(engine))
         worker = Worker(recipe, folder, source, engine, log, stop)
         encoder = worker.encoder()
         if recipe.decoder is not None:
@@ -102,8 +104,10 @@ class Worker:
             "width": part.width,
         }
         self._run(trainer, part, total, validate, entry)
-        model.load_state_dict(trainer.exported())
-        return model
+        # Another one: DeepSpeed leaves its hooks, and at stage 3 pieces of the weights, in what it has trained.
+        trained = create_encoder(part.name, len(self.source.classes), shape[0], shape[1], width=part.width)
+        trained.to(self.engine.images_dtype).load_state_dict(trainer.exported())
+        return trained
 
     def decoder(self, encoder: Encoder) -> None:
         """Train the decoder, unless the run folder has it."""

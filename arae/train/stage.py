@@ -13,6 +13,7 @@ from arae.data.load import Source
 from arae.runs import RunFolder
 from arae.seeds import mix
 from arae.train.engine import Engine
+from arae.train.learner import Learner
 from arae.train.log import Log
 from arae.train.micro import Micro
 
@@ -21,6 +22,8 @@ class Trainer(Protocol):
     """One stage's networks and optimisers."""
 
     name: str
+    learner: Learner
+    """The network that the stage is for."""
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """One optimiser step on this worker's micro-batches.

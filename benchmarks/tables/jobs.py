@@ -15,7 +15,8 @@ from typing import IO
 from arae.adopt import has_encoder
 from arae.errors import AraeError, InputError, Stopped
 from arae.launch import Where, stop_requested
-from arae.runs import RunFolder, runs_root
+from arae.runs import RunFolder
+from arae.storage import runs_place
 from arae.train.networks import RUN
 from benchmarks.tables.definition import ScaleName, Trip
 from benchmarks.tables.run import ROOT, done, run_trip
@@ -106,7 +107,7 @@ class _Pool:
     def start(self, trip: Trip) -> None:
         """A process of its own, which ends with this one: its standard input is closed then."""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "ARAE_RUNS": str(runs_root()), "PYTHONPATH": path}
+        env = os.environ | {"OMP_NUM_THREADS": str(self.threads), "ARAE_RUNS": runs_place(), "PYTHONPATH": path}
         process = subprocess.Popen(
             self.plan.command(trip),
             env=env,

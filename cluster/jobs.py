@@ -1,0 +1,283 @@
+"""The job server of a Ray cluster, over HTTP: who may use it, following a job's log, and how a job ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from arae.errors import AraeError, InputError, Stopped
+
+DEFAULT_ADDRESS = "http://127.0.0.1:8265"
+CONNECT_S, ANSWER_S = 10, 30
+QUIET_S = 30.0  # a log that says nothing for so long may be a connection that is gone: the server is asked
+LOST_S = 300.0  # a server that does not answer for so long is given up
+STARTS_S = 60.0  # how long a cluster may take to start
+AGAIN_S = 2.0
+NO_COMMAND = 127  # a shell's, where there is no such command
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Token:
+    """What a cluster with token authentication asks of its clients."""
+
+    value: str
+    source: str
+    """Where it came from, for people."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a job ended, as Ray has it."""
+
+    status: str
+    code: int | None
+    """Exit code of the command; negative for a signal; None where it was stopped, or never began."""
+    message: str
+
+
+class Jobs:
+    """The job server of one cluster."""
+
+    def __init__(self, address: str | None = None, say: Say | None = None) -> None:
+        """Connect; InputError where no job server answers, or it asks for a token that is missing or wrong."""
+        self.address = _address(address)
+        self.say: Say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        token = read_token(self.say)
+        headers = {"Authorization": f"Bearer {token.value}"} if token else {}
+        _admitted(self.address, headers, token)
+        host = urlsplit(self.address).hostname
+        if token and self.address.startswith("http:") and host not in ("localhost", "127.0.0.1", "::1"):
+            self.say(f"arae: the token goes to {host} unencrypted; a tunnel (ssh -L 8265:localhost:8265) protects it")
+        from ray.job_submission import JobSubmissionClient
+
+        for chatty in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
+            logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
+        # Ray prefers this variable, and RAY_ADDRESS, to the address it is given; ours has been chosen already.
+        os.environ["RAY_API_SERVER_ADDRESS"] = self.address
+        self.client = JobSubmissionClient(self.address, headers=headers)
+
+    def submit(self, entrypoint: str, runtime_env: dict[str, Any], name: str | None) -> str:
+        """Start a job and return its id; InputError where there is a job of that name already."""
+        deadline = time.monotonic() + STARTS_S
+        while True:
+            try:
+                return self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env, submission_id=name)
+            except RuntimeError as error:
+                if "already exists" in str(error):
+                    raise InputError(f"--name {name}: the cluster has a job of that name; choose another") from None
+                # A cluster that has just been started answers before it can take jobs.
+                if "try again later" not in str(error) or time.monotonic() > deadline:
+                    raise AraeError(f"{self.address} refused the job ({_last_line(str(error))})") from None
+            time.sleep(AGAIN_S)
+
+    def ended(self, job: str) -> Ended | None:
+        """How the job ended; None while it has not. InputError where there is no such job."""
+        from ray.exceptions import AuthenticationError
+
+        try:
+            info = self.client.get_job_info(job)
+        except AuthenticationError:
+            raise InputError(f"{self.address}: the token is no longer the cluster's") from None
+        except RuntimeError as error:
+            if "does not exist" in str(error):
+                raise InputError(f"{job}: there is no such job at {self.address}") from None
+            raise
+        if not info.status.is_terminal():
+            return None
+        return Ended(str(info.status), info.driver_exit_code, info.message or "")
+
+    def stop(self, job: str) -> Ended:
+        """Ask the job to stop and wait until it has; how it ended. Stopping a job that has ended does nothing."""
+        if not self._until(lambda: self.ended(job) or False, job):
+            self._until(lambda: self.client.stop_job(job), job)
+        return self._until(lambda: self.ended(job), job)
+
+    def follow(self, job: str) -> Ended:
+        """Print the job's log on stdout until it ends, through interruptions of the network.
+
+        Raises AraeError on Ctrl-C, and where the server does not answer any more: the job itself goes on.
+        """
+        try:
+            return asyncio.run(self._follow(job))
+        except KeyboardInterrupt:
+            raise AraeError(
+                f"no longer following {job}, which goes on; `arae submit --attach {job}` follows it again, "
+                f"`arae submit --stop {job}` stops it"
+            ) from None
+
+    async def _follow(self, job: str) -> Ended:
+        shown = 0
+        while True:
+            shown = await self._tail(job, shown)
+            ended = self._until(lambda: self.ended(job) or False, job)
+            if ended:
+                _show(self._until(lambda: self.client.get_job_logs(job), job)[shown:])  # what was written since
+                return ended
+            await asyncio.sleep(AGAIN_S)
+
+    async def _tail(self, job: str, shown: int) -> int:
+        """Print what one connection tells beyond the first `shown` characters, until it ends; how many there are."""
+        stream, seen = self.client.tail_job_logs(job), 0
+        waiting = asyncio.ensure_future(anext(stream, None))
+        try:
+            while True:
+                done, _ = await asyncio.wait({waiting}, timeout=QUIET_S)
+                if done:
+                    text = _read(waiting)
+                    if text is None:
+                        return shown
+                    seen += len(text)
+                    if seen > shown:
+                        _show(text[shown - seen :])
+                        shown = seen
+                    waiting = asyncio.ensure_future(anext(stream, None))
+                elif self._until(lambda: self.ended(job) or False, job):
+                    return shown
+        finally:
+            waiting.cancel()
+
+    def _until(self, ask: Callable[[], Any], job: str) -> Any:
+        """The first answer that is not None, through times when the server does not answer."""
+        import requests
+
+        deadline = time.monotonic() + LOST_S
+        while True:
+            try:
+                if (answer := ask()) is not None:
+                    return answer
+                deadline = time.monotonic() + LOST_S
+            except (requests.exceptions.RequestException, RuntimeError, OSError) as error:
+                if time.monotonic() > deadline:
+                    raise AraeError(
+                        f"{self.address} does not answer any more ({_reason(error)}); "
+                        f"where {job} goes on, `arae submit --attach {job}` follows it again"
+                    ) from None
+            time.sleep(AGAIN_S / 4)
+
+
+def exit_code(job: str, ended: Ended) -> int:
+    """The command's own exit code, which is 0, 1, 2 or 75.
+
+    Raises Stopped where the job was stopped, and AraeError where the command did not come to an end of its own.
+    """
+    if ended.status == "SUCCEEDED":
+        return 0
+    if ended.status == "STOPPED":
+        raise Stopped(f"{job} was stopped; the same command goes on from the run's newest state")
+    if ended.code is None:
+        raise AraeError(f"{job} did not run to its end ({_last_line(ended.message)}); the same command goes on")
+    if ended.code < 0:
+        raise AraeError(
+            f"{job}: its command was killed by signal {-ended.code}; the same command goes on from the newest state"
+        )
+    if ended.code == NO_COMMAND:
+        raise AraeError(
+            f"{job}: the cluster's head has no such Python; start Ray with the environment's bin folder on its PATH, "
+            "or give --python"
+        )
+    return ended.code
+
+
+def read_token(say: Say) -> Token | None:
+    """The token to show, from where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, `~/.ray/auth_token`.
+
+    The last only with RAY_AUTH_MODE=token; None with RAY_AUTH_MODE=disabled, and where there is none. Nothing is
+    written. Raises InputError: a token was asked for and is missing, can't be read, or can't be a token.
+    """
+    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
+    if mode == "disabled":
+        return None
+    path, default = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
+    if value := os.environ.get("RAY_AUTH_TOKEN"):
+        found = Token(value.strip(), "RAY_AUTH_TOKEN")
+    elif path:
+        found = Token(_token_file(Path(path), say), f"RAY_AUTH_TOKEN_PATH={path}")
+    elif mode == "token" and default.is_file():
+        found = Token(_token_file(default, say), str(default))
+    elif mode == "token":
+        raise InputError(
+            "RAY_AUTH_MODE=token, but there is no token here: set RAY_AUTH_TOKEN_PATH to a file with the cluster's"
+        )
+    else:
+        return None
+    if not re.fullmatch(r"[!-~]+", found.value):
+        raise InputError(f"{found.source}: holds no token; a token is one word of letters, digits and signs")
+    return found
+
+
+def _token_file(path: Path, say: Say) -> str:
+    try:
+        if path.stat().st_mode & 0o077:
+            say(f"arae: {path} can be read by other users of this machine; chmod 600 {path}")
+        return path.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: the token can't be read ({_reason(error)})") from None
+
+
+def _address(given: str | None) -> str:
+    address = (given or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT_ADDRESS).rstrip("/")
+    if urlsplit(address).scheme not in ("http", "https") or not urlsplit(address).hostname:
+        raise InputError(f"--address {address}: write the job server's URL, such as {DEFAULT_ADDRESS}")
+    return address
+
+
+def _admitted(address: str, headers: dict[str, str], token: Token | None) -> None:
+    """InputError unless a job server answers and takes the token."""
+    try:
+        import requests
+    except ImportError:
+        raise InputError("arae submit needs Ray: pip install 'arae[cluster]'") from None
+    try:
+        answer = requests.get(
+            f"{address}/api/version", headers=headers, timeout=(CONNECT_S, ANSWER_S), allow_redirects=False
+        )
+    except requests.exceptions.RequestException as error:
+        raise InputError(
+            f"--address {address}: no job server answers ({_reason(error)}); is the cluster up, and its dashboard's "
+            "port reached from here?"
+        ) from None
+    if answer.status_code == 401:
+        raise InputError(
+            f"--address {address}: this cluster asks for a token, and there is none here; set RAY_AUTH_MODE=token and "
+            "RAY_AUTH_TOKEN_PATH to a file with the cluster's"
+        )
+    if answer.status_code == 403:
+        shown = f"the token from {token.source} is wrong" if token else "access without a token is forbidden"
+        raise InputError(f"--address {address}: {shown}; it must be the one that the cluster was started with")
+    if answer.status_code != 200 or "ray_version" not in answer.text:
+        raise InputError(f"--address {address}: what answers is no Ray job server (HTTP {answer.status_code})")
+
+
+def _read(waiting: asyncio.Future[str | None]) -> str | None:
+    """What came, None where the connection has ended in whatever way: the server is asked then."""
+    import aiohttp
+
+    try:
+        return waiting.result()
+    except (aiohttp.ClientError, RuntimeError, OSError):
+        return None
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _reason(error: BaseException) -> str:
+    known = re.search(r"\[Errno -?\d+\] ([^)'\"\]]+)", str(error))
+    return known[1].strip() if known else type(error).__name__
+
+
+def _last_line(text: str) -> str:
+    return next((line.strip()[:300] for line in reversed(text.splitlines()) if line.strip()), "no reason given")

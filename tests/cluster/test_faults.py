@@ -1,0 +1,313 @@
+"""What clusters do to workers and drivers, done for real to a run of two workers on one machine's Ray cluster.
+
+Each fault: what is said, how the command ends, and what is left behind. Machines that die: `test_hosts.py`.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_tiny_npz
+from training import tiny_recipe, weights
+
+from arae.config import dump_recipe
+from arae.runs import RunFolder
+
+pytestmark = [pytest.mark.cluster, pytest.mark.integration]
+
+STEPS, EVERY = 60, 10
+ARAE = [sys.executable, "-m", "arae"]
+PATIENCE_S = 150.0
+
+
+def until(true: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
+    """Wait until it is true; fails when the time is up, or when the process has ended before."""
+    deadline = time.monotonic() + PATIENCE_S
+    while not true():
+        assert process is None or process.poll() is None, f"it ended before {what}: {process.communicate()[1]}"
+        assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S:g} s"
+        time.sleep(0.05)
+
+
+@dataclass
+class Run:
+    """A command that trains, in a folder of its own by which its workers are known."""
+
+    home: Path
+    env: Mapping[str, str]
+    recipe: Path = field(init=False)
+    folder: RunFolder = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.home.mkdir(parents=True, exist_ok=True)
+        self.folder = RunFolder(self.home / "runs" / "tiny")
+        self.recipe = self.home / "tiny.yaml"
+        recipe = tiny_recipe(make_tiny_npz(self.home), encoder__steps=STEPS, decoder__steps=6, state__every=EVERY)
+        self.recipe.write_text(dump_recipe(recipe))
+
+    @contextmanager
+    def start(self, *flags: object) -> Iterator[subprocess.Popen[str]]:
+        """The command at work; killed where the test fails meanwhile."""
+        command = [*ARAE, "train", str(self.recipe), *map(str, flags)]
+        env = {**self.env, "ARAE_RUNS": str(self.home / "runs")}
+        with subprocess.Popen(command, cwd=self.home, env=env, text=True, stderr=subprocess.PIPE) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
+
+    def finish(self, *flags: object) -> subprocess.CompletedProcess[str]:
+        """The command from its start to its end."""
+        with self.start(*flags) as process:
+            return end_of(process)
+
+    def told(self, event: str) -> list[dict]:
+        """The log's events of a kind."""
+        with suppress(OSError):
+            lines = self.folder.log.read_text().splitlines()
+            return [e for e in (json.loads(line) for line in lines if line.endswith("}")) if e["event"] == event]
+        return []
+
+    def at_step(self, step: int) -> bool:
+        """Whether the log has told this step of the encoder."""
+        return any(e["step"] >= step for e in self.told("interval"))
+
+    def workers(self) -> list[int]:
+        """Process ids of the workers at work on this run, in order."""
+        found = []
+        for entry in Path("/proc").iterdir():
+            with suppress(OSError, ValueError):
+                ray = (entry / "cmdline").read_bytes().startswith(b"ray::")
+                if ray and (entry / "cwd").resolve() == self.home.resolve():
+                    found.append(int(entry.name))
+        return sorted(found)
+
+    def states(self) -> list[int]:
+        """Steps of the states that the manifest lists; each is whole."""
+        listed = json.loads((self.folder.state / "manifest.json").read_text())["states"]
+        assert all((self.folder.state / s["file"]).stat().st_size == s["bytes"] for s in listed)
+        return [s["step"] for s in listed]
+
+
+def end_of(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def last_words(done: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a command ends with."""
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("arae: ")]
+    return line
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A Ray cluster of two CPUs on loopback, behind a token; the environment to join it."""
+    folder = tmp_path_factory.mktemp("head")
+    token = folder / "token"
+    token.touch(mode=0o600)
+    token.write_text(secrets.token_hex(32))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+        "RAY_ADDRESS": f"127.0.0.1:{port}",
+    }
+    env.pop("RAY_AUTH_TOKEN", None)
+    command = [Path(sys.executable).with_name("ray"), "start", "--head", "--block", f"--port={port}", "--num-cpus=2"]
+    quiet = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--object-store-memory=100000000"]
+    start = {k: v for k, v in env.items() if k != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [*command, *quiet], env=start, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            for line in process.stdout or ():
+                if "--block" in line or "Ray runtime started" in line:
+                    break
+            yield env
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)  # nothing of it is worth the time of an orderly end
+
+
+@pytest.fixture(scope="module")
+def undisturbed(head: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The weights of a run to which nothing happens."""
+    run = Run(tmp_path_factory.mktemp("undisturbed"), head)
+    done = run.finish("--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert not run.told("restart")
+    return weights(run.folder)
+
+
+@pytest.fixture
+def run(head: dict[str, str], tmp_path: Path) -> Run:
+    return Run(tmp_path / "home", head)
+
+
+@pytest.mark.parametrize(
+    ("number", "flags", "said"),
+    [(signal.SIGKILL, (), "was killed or crashed"), (signal.SIGSTOP, ("--timeout", 10), "did not answer for")],
+    ids=["killed", "hung"],
+)
+def test_a_worker_that_dies_or_hangs_is_replaced_and_costs_no_bit(
+    run: Run, undisturbed: dict[str, bytes], number: signal.Signals, flags: tuple[object, ...], said: str
+) -> None:
+    with run.start("--workers", 2, *flags) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        victim = run.workers()[-1]
+        os.kill(victim, number)
+        done = end_of(process)
+    assert done.returncode == 0, done.stderr
+    (restart,) = run.told("restart")
+    assert said in restart["reason"]
+    assert f"(pid {victim})" in restart["reason"]
+    assert (restart["count"], restart["world_size"]) == (1, 2)
+    reached = max(e["step"] for e in run.told("interval") if e["time"] < restart["time"])
+    assert reached - EVERY <= restart["step"] <= reached + EVERY
+    assert done.stderr.count(restart["reason"]) == 1
+    assert not Path(f"/proc/{victim}").exists()
+    assert weights(run.folder) == undisturbed
+
+
+def test_a_driver_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(
+    run: Run, undisturbed: dict[str, bytes]
+) -> None:
+    with run.start("--workers", 2) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        process.kill()
+        process.wait(10)
+    until(lambda: not run.workers(), "end of the workers")
+    assert run.states()[-1] >= 20
+    done = run.finish("--workers", 2)
+    assert done.returncode == 0, done.stderr
+    assert any("resumed the encoder at step" in e["text"] for e in run.told("note"))
+    assert weights(run.folder) == undisturbed
+
+
+def test_an_error_in_one_worker_is_tried_again(run: Run, undisturbed: dict[str, bytes]) -> None:
+    """Here: rank 0 can't open its log, for there is a folder in its place."""
+    log, aside = run.folder.log, run.folder.path / "aside"
+    with run.start("--workers", 2) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        before = run.workers()
+        log.rename(aside)
+        log.mkdir()
+        until(lambda: not set(before) & set(run.workers()), "end of the first workers", process)
+        log.rmdir()
+        aside.rename(log)
+        done = end_of(process)
+    assert done.returncode == 0, done.stderr
+    restart = run.told("restart")[-1]
+    assert "worker 0" in restart["reason"]
+    assert "IsADirectoryError" in restart["reason"]
+    assert weights(run.folder) == undisturbed
+
+
+def test_after_the_last_restart_the_state_is_kept_and_the_command_says_75(run: Run) -> None:
+    with run.start("--workers", 2, "--restarts", 0) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        victim = run.workers()[0]
+        os.kill(victim, signal.SIGKILL)
+        done = end_of(process)
+    assert done.returncode == 75, done.stderr
+    line = last_words(done)
+    assert f"(pid {victim}) was killed or crashed" in line
+    assert f"the encoder's state of step {run.states()[-1]} is kept" in line
+
+
+def test_a_run_that_can_not_get_its_workers_gives_up_in_time_or_when_told_to(run: Run) -> None:
+    """A step has two micro-batches, and the cluster two CPUs: two workers of two CPUs each are too many."""
+    lacking = "2 are wanted, of 2 CPU each; the 1 host(s) that answer have room for 1"
+    done = run.finish("--workers", 2, "--cpus", 2, "--wait", 0.2)
+    assert done.returncode == 75, done.stderr
+    assert f"gave up after 0.2 min: {lacking}" in last_words(done)
+    assert "goes on" in last_words(done)
+    with run.start("--workers", 2, "--cpus", 2) as process:
+        until(lambda: run.folder.text.read_text().count("waiting for workers"), "word of the waiting", process)
+        process.terminate()
+        done = end_of(process)
+    assert done.returncode == 75, done.stderr
+    assert lacking in done.stderr
+    assert "no workers were at work" in last_words(done)
+
+
+def test_a_loss_that_is_no_number_ends_the_launch_without_another_try(run: Run) -> None:
+    done = run.finish("--workers", 2, "encoder.lr=1e30")
+    assert done.returncode == 1, done.stderr
+    assert "lower encoder.lr" in last_words(done)
+    assert not run.told("restart")
+
+
+def test_sigterm_saves_and_what_a_worker_finds_wrong_is_bad_input(run: Run, undisturbed: dict[str, bytes]) -> None:
+    with run.start("--workers", 2) as process:
+        until(lambda: run.at_step(5), "step 5", process)
+        process.terminate()
+        stopped = end_of(process)
+    assert stopped.returncode == 75, stopped.stderr
+    assert f"stopped at step {run.states()[-1]} of {STEPS}" in last_words(stopped)
+
+    file = run.home / "tiny.npz"
+    images = file.read_bytes()
+    loaded = dict(np.load(file))
+    np.savez(file, images=255 - loaded["images"], labels=loaded["labels"])
+    refused = run.finish("--workers", 2)  # only a worker compares the images with those that the state was made on
+    assert refused.returncode == 2, refused.stderr
+    assert "other images" in last_words(refused)
+    assert not run.told("restart")
+
+    file.write_bytes(images)
+    done = run.finish("--workers", "1:9")  # elastic, and no more than there are micro-batches
+    assert done.returncode == 0, done.stderr
+    assert weights(run.folder) == undisturbed
+
+
+def test_a_run_folder_that_goes_away_stops_the_run(run: Run) -> None:
+    aside = run.home / "aside"
+    with run.start("--workers", 2) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        run.folder.path.rename(aside)
+        done = end_of(process)
+    assert done.returncode == 75, done.stderr
+    assert str(run.folder.path) in last_words(done)
+    shutil.rmtree(run.folder.path, ignore_errors=True)
+    aside.rename(run.folder.path)
+    assert run.states()[-1] >= 20
+
+
+def test_a_full_disk_under_a_worker_ends_the_group_and_keeps_the_state(tmp_path: Path) -> None:
+    """A file system of 5 MiB, in a namespace of the command's own: the encoder's states fit, the decoder's do not."""
+    if not shutil.which("unshare") or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("needs user namespaces (unshare -Urm) for a small disk")
+    run = Run(tmp_path / "home", {**os.environ, "OMP_NUM_THREADS": "1"})
+    run.folder.path.parent.mkdir(parents=True)
+    command = [*ARAE, "train", str(run.recipe), "--workers", "2"]
+    script = 'mount -t tmpfs -o size=5m tmpfs "$0"; "$@"; code=$?; cat "$0/tiny/state/manifest.json"; exit $code'
+    whole = ["unshare", "-Urm", "sh", "-c", script, str(run.folder.path.parent), *command]
+    env = {**run.env, "ARAE_RUNS": str(run.folder.path.parent)}
+    with subprocess.Popen(whole, cwd=run.home, env=env, text=True, stdout=-1, stderr=-1) as process:
+        done = end_of(process)
+    assert done.returncode == 75, done.stderr
+    assert "the disk is full" in last_words(done)
+    assert "make room and run the same command again" in last_words(done)

@@ -1,0 +1,73 @@
+"""`python -m benchmarks.scaling` and `overhead` in miniature: real Ray, real runs, the records that they write."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from training import tiny_recipe
+
+from arae.config import dump_recipe
+from benchmarks.overhead import PARTS, Size, overhead
+from benchmarks.scaled import Scaling
+
+pytestmark = pytest.mark.cluster
+
+
+def test_one_and_two_workers_are_measured_and_what_was_cut_short_goes_on(
+    tmp_path: Path, tiny_npz: Path, repository: Path
+) -> None:
+    written, out = tmp_path / "recipe.yaml", tmp_path / "record.json"
+    written.write_text(dump_recipe(tiny_recipe(tiny_npz, precision="fp64")))
+    words = [str(written), "--steps", "20", "--out", str(out), "--workers"]
+    command = [sys.executable, "-m", "benchmarks.scaling", *words]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "ARAE_RUNS": str(tmp_path / "runs")}
+
+    done = subprocess.run([*command, "1,2"], cwd=repository, env=env, capture_output=True, text=True, timeout=280)
+    assert done.returncode in (0, 1), done.stderr  # speeds depend on what else the machine does
+    record = Scaling.model_validate_json(out.read_text())
+    assert [(run.kind, run.workers) for run in record.runs] == [
+        ("strong", 1),
+        ("weak", 1),
+        ("strong", 2),
+        ("weak", 2),
+    ]
+    assert [stage.batch for run in record.runs for stage in run.stages.values()] == [32] * 6 + [64] * 2
+    assert all(len(stage.losses) == stage.steps == 20 for run in record.runs for stage in run.stages.values())
+    assert {check.name: check.passed for check in record.checks if "efficiency" not in check.name}.items() >= {
+        "same numbers, encoder, 2 workers": True,
+        "same numbers, decoder, 2 workers": True,
+        "losses move, encoder, 2 workers": True,
+        "losses move, decoder, 2 workers": True,
+        "one precision": True,
+    }.items()
+    assert (done.returncode == 0) == all(check.passed for check in record.checks)
+    assert [len(group.places) for group in record.groups] == [1, 2]
+    assert all(timing.bus > 0 for timing in record.groups[1].timings)
+
+    # A run is missing: it alone is made again.
+    whole = json.loads(out.read_text())
+    before = whole["runs"].pop()
+    out.write_text(json.dumps(whole))
+    done = subprocess.run([*command, "1,2"], cwd=repository, env=env, capture_output=True, text=True, timeout=280)
+    assert done.stderr.splitlines()[-1].startswith("weak, 2 workers"), done.stderr
+    assert "strong" not in done.stderr
+    again = json.loads(out.read_text())
+    assert again["runs"][:3] == whole["runs"]
+    assert again["runs"][3]["stages"]["encoder"]["losses"] == before["stages"]["encoder"]["losses"]
+
+
+def test_the_overhead_of_a_small_training_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    size = Size(rounds=1, steps=60, warm=5, batch=8, width=0.25, least_step_s=0.0)
+    made = overhead(torch.device("cpu"), size)
+    assert made.seconds.keys() == {"bare", "full"}
+    assert made.images % size.batch == 0
+    for part in PARTS:
+        assert part in made.notes[0]
+    # The same steps are in both: the whole can't take less than half of them, nor ten times as much.
+    (bare,), (full,) = made.seconds["bare"], made.seconds["full"]
+    assert bare / 2 < full < 10 * bare

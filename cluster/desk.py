@@ -252,7 +252,8 @@ def lost_nodes() -> set[str]:
 def open_desk() -> Any:
     """A desk as an actor on this machine; a handle to it."""
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    return ray.remote(Desk).options(num_cpus=0, scheduling_strategy=here).remote()
+    # By label, as Ray Train places its controller. A soft affinity would do where every node knew every other: a node
+    # that has just joined may not know this one yet, and would keep the desk, which then is lost with that node.
+    here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
+    return ray.remote(Desk).options(num_cpus=0, label_selector=here).remote()

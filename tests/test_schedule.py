@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from arae.config import Schedule
 from arae import precision
+from arae.config import Schedule
 from arae.errors import InputError
 from arae.train.micro import Average
 from arae.train.schedule import factor

@@ -62,7 +62,7 @@ def test_one_and_two_workers_are_measured_and_what_was_cut_short_goes_on(
 
 def test_the_overhead_of_a_small_training_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    size = Size(rounds=1, steps=60, warm=5, batch=8, width=0.25, least_step_s=0.0)
+    size = Size(rounds=1, steps=30, warm=3, batch=8, width=0.25, least_step_s=0.0)
     made = overhead(torch.device("cpu"), size)
     assert made.seconds.keys() == {"bare", "full"}
     assert made.images % size.batch == 0

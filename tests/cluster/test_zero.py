@@ -3,7 +3,8 @@
 With one micro-batch a worker, two workers add the same two gradients that one process does: every stage of ZeRO must
 then agree with plain PyTorch bit for bit, however long. With more, float32 sums are rounded in another order (ZeRO's
 stages 2 and 3 add up over the workers before they add up over micro-batches), and training makes the difference grow:
-there the bounds hold, which are some ten times what was seen.
+by as much as where one plain process takes its micro-batches in reverse, which for the encoder here (batch norm, an
+attack) is anything, and for the GAN 2e-5 in 20 steps, if Adam's update is more than the newest gradient's sign.
 """
 
 from pathlib import Path
@@ -33,11 +34,11 @@ ENGINES = {
     "stage 1": zero(1),
     "stage 2": zero(2),
     "stage 3": zero(3),
-    "stage 2, offloaded": zero(2, offload=True),
     "stage 3, offloaded": zero(3, offload=True),
 }
-BOUND = 1e-3
-"""Of a tensor's largest entry, after 20 steps of the GAN on four micro-batches, or 10 and other engines after them."""
+SMOOTH: dict[str, object] = {"decoder__betas": [0.9, 0.999]}
+BOUND = 3e-4
+"""Of a tensor's largest entry, for what differs by rounding."""
 
 
 def keep(path: Path, found: Any) -> None:
@@ -74,11 +75,11 @@ def two_workers(rank: int, folder: Path) -> None:
             losses = trained(trainer, 0, STEPS)
             keep(folder / f"{kind} {name}", (losses, trainer.state()))
     for stage in (0, 1, 2, 3):
-        trainer = gan_trainer(engine(zero(stage)))
+        trainer = gan_trainer(engine(zero(stage)), **SMOOTH)
         trained(trainer, 0, STEPS)
         keep(folder / f"four {stage}", trainer.state())
     for stage in (0, 1):  # three micro-batches for two workers
-        trainer = gan_trainer(engine(zero(stage)), decoder__batch=24)
+        trainer = gan_trainer(engine(zero(stage)), **SMOOTH, decoder__batch=24)
         trained(trainer, 0, STEPS)
         keep(folder / f"three {stage}", trainer.state())
     _moves(folder)
@@ -115,7 +116,7 @@ def _alone(folder: Path) -> None:
 
 def four_workers(rank: int, folder: Path) -> None:
     alike()
-    trainer = gan_trainer(engine(zero(2)))
+    trainer = gan_trainer(engine(zero(2)), **SMOOTH)
     trained(trainer, 0, HALF)
     keep(folder / "four workers", trainer.state())
 
@@ -137,10 +138,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(copied(trainer.state()), made / f"{kind} moved")
         losses += trained(trainer, MOVED, STEPS)
         torch.save((losses, trainer.state()), made / f"{kind} plain")
-    patch.undo()
     for name, batch in (("four", 32), ("three", 24)):
-        trained(trainer := gan_trainer(engine(), decoder__batch=batch), 0, STEPS)
+        trained(trainer := gan_trainer(engine(), **SMOOTH, decoder__batch=batch), 0, STEPS)
         torch.save(trainer.state(), made / f"{name} plain")
+    patch.undo()
     spawn(2, made, two_workers, made)
     spawn(4, made, four_workers, made)
     return made
@@ -167,8 +168,11 @@ def test_a_state_moves_between_engines_and_numbers_of_workers(folder: Path) -> N
     assert differences(read(folder / "moved"), read(folder / "gan moved")) == []
 
 
-def test_a_state_of_stage_2_on_four_workers_goes_on_in_one_plain_process(folder: Path) -> None:
-    trainer = gan_trainer(engine())
+def test_a_state_of_stage_2_on_four_workers_goes_on_in_one_plain_process(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "place", lambda self, module: module)
+    trainer = gan_trainer(engine(), **SMOOTH)
     trainer.restore(read(folder / "four workers"))
     trained(trainer, HALF, STEPS)
     assert differences(generators(trainer.state()), generators(read(folder / "four plain")), BOUND) == []
@@ -182,7 +186,7 @@ def test_one_worker_may_run_a_whole_network_of_stage_3(folder: Path) -> None:
 
 def test_a_run_goes_through_both_stages_shared_out_and_ends_in_one_plain_process(tmp_path: Path) -> None:
     """With all that a run does beside training: looks at held-out images, states, the exported encoder."""
-    recipe = tiny_recipe(make_tiny_npz(tmp_path))
+    recipe = tiny_recipe(make_tiny_npz(tmp_path), **SMOOTH)
     shared = recipe.replace({"engine": {"kind": "deepspeed", "stage": 3}})
     plain = train_on(1, recipe, tmp_path / "plain")
     moved = train_on(2, shared, tmp_path / "moved", steps=10)  # of the 7 and 7
@@ -190,4 +194,6 @@ def test_a_run_goes_through_both_stages_shared_out_and_ends_in_one_plain_process
     assert not (moved.model / "decoder.safetensors").is_file(), "it was to be stopped in the decoder's stage"
     train_on(1, recipe, tmp_path / "moved")
     assert "resumed the decoder" in moved.log.read_text()
-    assert differences(tensors(moved), tensors(plain), BOUND) == []
+    assert (
+        differences(tensors(moved), tensors(plain), 1e-3) == []
+    )  # other kernels: DeepSpeed's weights are not channels-last

@@ -24,11 +24,11 @@ demo: setup  ## the main job in small: trains, evaluates, writes runs/demo/repor
 	@exec $(BIN)/arae demo $(ARGS)
 
 test:  ## the test suite, without the tests that need a cluster
-	@.ci/setup --browser
+	@.ci/setup --tests
 	@exec $(BIN)/python -m pytest -m "not cluster" $(ARGS)
 
 test-cluster:  ## the slow tests: several hosts, killed workers and nodes, object storage, outages
-	@.ci/setup --browser
+	@.ci/setup --tests
 	@exec $(BIN)/python -m pytest -m cluster $(ARGS)
 
 lint: setup  ## ruff and pyright, as the commit hooks run them

@@ -101,13 +101,9 @@ def page(text: str, results: Mapping[str, Result]) -> str:
     assert end, f"the page has no {BEGIN} … {END}"
     counted = stages()
     photographs = results[NAME]
-    tables = [
-        compute(counted),
-        loader(counted, photographs),
-        network(counted),
-        states(counted, results),
-        sources(results),
-    ]
+    tables = [compute(counted), loader(counted, photographs), network(counted), states(counted, results)]
+    tables += [running(results["overhead"])] if "overhead" in results else []
+    tables += [shown(each) for each in records()] + [sources(results)]
     return f"{before}{BEGIN}\n\n" + "\n\n".join(tables) + f"\n\n{END}{after}"
 
 

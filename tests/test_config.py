@@ -445,3 +445,37 @@ def test_total_steps(epochs: float | None, steps: int | None, n: int, batch: int
 
 def test_flatten() -> None:
     assert flatten({"a": {"b": {"c": 1}, "d": [1]}, "e": None}) == {"a.b.c": 1, "a.d": [1], "e": None}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (("engine=deepspeed",), ("deepspeed", 2)),
+        (("engine=deepspeed", "engine.stage=3"), ("deepspeed", 3)),
+        (("engine.stage=3", "engine=deepspeed"), ("deepspeed", 3)),
+        (("engine.kind=deepspeed", "engine.stage=1"), ("deepspeed", 1)),
+    ],
+)
+def test_one_word_may_stand_for_the_engine(tmp_path: Path, overrides: tuple[str, ...], expected: tuple) -> None:
+    engine = load_recipe("demo", overrides).engine
+    assert (engine.kind, engine.stage) == expected
+    (tmp_path / "mine.yaml").write_text("base: demo\nname: mine\nengine: deepspeed\n")
+    mine = load_recipe(tmp_path / "mine.yaml", [o for o in overrides if "stage" in o]).engine
+    assert (mine.kind, mine.stage) == expected
+
+
+@pytest.mark.parametrize("key", ["data.train", "data.test", "data.source", "encoder.weights", "evaluate.images"])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "s3://key:hidden@bucket/x",
+        "s3://bucket/x?access_key=a&secret_key=hidden",
+        "https://host/x?X-Amz-Signature=hidden",
+    ],
+)
+def test_a_recipe_holds_no_secret(key: str, url: str) -> None:
+    """It is shown, logged, kept beside the run and sent to MLflow."""
+    with pytest.raises(InputError, match=rf"{key} holds a password or a key") as raised:
+        load_recipe("demo", [f"{key}={url}"])
+    assert "hidden" not in str(raised.value)
+    load_recipe("demo", [f"{key}=s3://bucket/x?endpoint_override=127.0.0.1:8333&scheme=http"])

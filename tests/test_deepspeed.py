@@ -66,6 +66,10 @@ def test_trains_as_plain_pytorch_and_their_states_are_each_others(choice: Engine
     trainer = gan_trainer(engine(choice))
     trained(trainer, 0, HALF)
     assert differences(trainer.state(), plain(HALF)) == []
+    other = gan_trainer(engine())
+    other.restore(trainer.state())
+    trained(other, HALF, STEPS)
+    assert differences(other.state(), plain(STEPS)) == [], "plain PyTorch does not go on from it"
     trained(trainer, HALF, STEPS)
     assert differences(trainer.state(), plain(STEPS)) == []
 

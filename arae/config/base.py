@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -49,6 +50,17 @@ def check_radius(norm: Norm | None, eps: float, what: str = "eps", at: str = "")
         raise ValueError(
             f"{what} = {eps:g} in l-inf is wider than images in [0, 1]; for 8-bit levels write it as {eps:g}/255"
         )
+
+
+_SECRET = re.compile(
+    r"://[^/@\s]*:[^/@\s]+@|[?&][^=&]*(secret|password|token|access_?key|signature|credential)[^=&]*=", re.IGNORECASE
+)
+
+
+def check_no_secret(value: str, place: str) -> None:
+    """ValueError where a URL holds a password or a key: recipes are shown, logged and sent to MLflow."""
+    if _SECRET.search(value):
+        raise ValueError(f"{place} holds a password or a key: leave it out, and set it in the environment of the nodes")
 
 
 class Part(BaseModel):

@@ -68,8 +68,20 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key, value
 
 
+SHORT = {"engine": "kind"}
+"""Groups that one word may stand for (`engine: deepspeed`), and the key of theirs that it sets."""
+
+
+def in_full(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with such words written out, so that other keys of their groups can stand beside them."""
+    short = {name: {SHORT[name]: document[name]} for name in SHORT if isinstance(document.get(name), str)}
+    return document | short
+
+
 def set_key(document: dict[str, Any], dotted: str, value: Any) -> None:
     """Set a dotted key in place, making groups on the way; InputError where a value stands in it."""
+    if dotted in SHORT and isinstance(value, str):
+        dotted = f"{dotted}.{SHORT[dotted]}"
     *parents, last = dotted.split(".")
     node: Any = document
     for i, name in enumerate(parents):

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from arae.config.document import PartType, checked, flatten, merged, parse_override, set_key
+from arae.config.document import PartType, checked, flatten, in_full, merged, parse_override, set_key
 from arae.config.schema import Recipe
 from arae.errors import InputError
 
@@ -95,6 +95,7 @@ def _document(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise InputError(f"{path}: not YAML ({' '.join(str(error).split())})") from None
     if not isinstance(document, dict):
         raise InputError(f"{path}: a recipe is a mapping of keys, not {type(document).__name__}")
+    document = in_full(document)
     base = document.get("base")
     if base is None or (path.name == RESOLVED and "encoder" in document and "data" in document):
         return document  # a run folder's recipe is whole already; its base only names where it came from

@@ -8,8 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from arae.config.base import Augment, Count, Part, Positive, Radius, check_radius
-from arae.config.document import checked, digest_of, set_key
+from arae.config.base import Augment, Count, Part, Positive, Radius, check_no_secret, check_radius
+from arae.config.document import checked, digest_of, flatten, set_key
 from arae.config.stages import Attack, Decoder, Encoder
 
 
@@ -200,6 +200,13 @@ class Recipe(Part):
                         f"{place} = {attack.eps:g} in l2 is longer than the diagonal of the images ({diameter:.3g}); "
                         f"radii are for images in [0, 1], so divide 8-bit radii by 255"
                     )
+        return self
+
+    @model_validator(mode="after")
+    def _no_secrets(self) -> Self:
+        for place, value in flatten(self.model_dump(mode="json")).items():
+            if isinstance(value, str) and "://" in value:
+                check_no_secret(value, place)
         return self
 
     @property

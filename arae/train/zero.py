@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -122,12 +123,12 @@ class Zero:
             self._gathered = False
 
     def state(self) -> dict[str, Any]:
-        """See `Learner`; all on the CPU."""
+        """See `Learner`: a copy."""
         with self.whole():
             weights = {key: value.detach().to("cpu", copy=True) for key, value in self.module.state_dict().items()}
         if self._void:  # no state to go on from
             weights = {key: value * torch.nan if value.is_floating_point() else value for key, value in weights.items()}
-        optimizer = self.optimizer.state_dict() if self.stage == 0 else self._sharded().state()
+        optimizer = deepcopy(self.optimizer.state_dict()) if self.stage == 0 else self._sharded().state()
         return {"weights": weights, "optimizer": optimizer, "scaler": self.scaler.state()}
 
     def restore(self, state: dict[str, Any]) -> None:

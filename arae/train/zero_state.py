@@ -35,12 +35,10 @@ class ShardedState:
         own = self.optimizer.state.get(self.pieces[0], {})
         if own:
             vectors = [key for key, value in own.items() if _like(value, self.pieces[0])]
-            common = {key: value.clone() if torch.is_tensor(value) else value for key, value in own.items()}
-            common = {key: value for key, value in common.items() if key not in vectors}
             with _thawed(self.weights):
                 for i, weight in enumerate(self.weights):
                     found: Any = {key: safe_get_full_optimizer_state(weight, key) for key in vectors}
-                    by_weight[i] = {key: found[key].cpu() if key in found else common[key] for key in own}
+                    by_weight[i] = {key: found[key].cpu() if key in found else _own(own[key]) for key in own}
         [group] = self.optimizer.param_groups
         options = {key: value for key, value in group.items() if key != "params"}
         return {"state": by_weight, "param_groups": [options | {"params": list(range(len(self.weights)))}]}
@@ -101,6 +99,11 @@ class ShardedState:
 
 def _like(value: Any, piece: Tensor) -> bool:
     return torch.is_tensor(value) and value.shape == piece.shape
+
+
+def _own(value: Any) -> Any:
+    """Each weight's own count of steps: an optimiser that shared one tensor would count every weight."""
+    return value.detach().to("cpu", copy=True) if torch.is_tensor(value) else value
 
 
 def _shape(weight: nn.Parameter) -> torch.Size:

@@ -125,7 +125,7 @@ def test_killed_workers_and_a_killed_driver_cost_only_the_shards_in_work(
     assert "the same command goes on from them" in said
     assert kept < finished(parts)
 
-    third = start(pictures, dest, *OPTIONS, "--workers", 2)
+    third = start(pictures, dest, *OPTIONS)  # without the cluster
     said = third.communicate(timeout=WAIT_S)[1]
     assert third.returncode == 0, said
     assert "of the images are encoded already" in said

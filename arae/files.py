@@ -21,11 +21,17 @@ class HashingFile:
 
     def __init__(self, file: BinaryIO) -> None:
         self.file, self.count, self.sha256 = file, 0, hashlib.sha256()
+        self.error: OSError | None = None
+        """Why it could not be written: torch.save would hide it behind an error of its own."""
 
     def write(self, content: bytes | memoryview) -> int:
         """Append; returns the number of bytes."""
         self.sha256.update(content)
-        written = self.file.write(content)
+        try:
+            written = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
         self.count += written
         return written
 
@@ -40,6 +46,7 @@ def write_with(path: Path, write: Callable[[HashingFile], None]) -> Written:
     OSError where it can't be written, with nothing left behind.
     """
     temporary = path.with_name(f"{path.name}.tmp")
+    hashing: HashingFile | None = None
     try:
         with temporary.open("wb") as file:
             hashing = HashingFile(file)
@@ -48,8 +55,10 @@ def write_with(path: Path, write: Callable[[HashingFile], None]) -> Written:
             os.fsync(file.fileno())
         temporary.replace(path)
         _sync_folder(path.parent)
-    except OSError:
+    except BaseException:
         temporary.unlink(missing_ok=True)
+        if hashing is not None and hashing.error is not None:
+            raise hashing.error from None
         raise
     return Written(hashing.sha256.hexdigest(), hashing.count)
 

@@ -55,33 +55,52 @@ def poison(monkeypatch: pytest.MonkeyPatch, *steps: int, where: str = "loss") ->
     monkeypatch.setattr(EncoderTrainer, "step", step)
 
 
-@pytest.mark.parametrize("where", ["loss", "weights"])
+@pytest.mark.parametrize(
+    ("where", "at", "told", "suspects", "kept"),
+    [
+        ("loss", 5, 5, [4, 5], 3),  # it may have been the update before
+        ("weights", 5, 5, [5], 3),  # about to be saved: they are looked at
+        ("weights", 3, 4, [3, 4], 3),  # the next loss tells it
+    ],
+)
 def test_a_loss_that_is_no_number_stops_and_names_the_batch(
-    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+    tiny_npz: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    at: int,
+    told: int,
+    suspects: list[int],
+    kept: int,
 ) -> None:
-    poison(monkeypatch, 5, where=where)
+    poison(monkeypatch, at, where=where)
     recipe = encoder_recipe(tiny_npz)
     folder = begun(recipe, tmp_path / "run")
-    with pytest.raises(AraeError, match=r"encoder's loss is nan at step 6.*not_finite\.jsonl") as raised:
+    with pytest.raises(AraeError, match=rf"encoder's loss is nan at step {told + 1}.*not_finite\.jsonl") as raised:
         train(recipe, folder, CPU)
     assert raised.value.exit_code == 1
     line = json.loads((folder.path / "not_finite.jsonl").read_text())
-    ids = stream(96, BATCH, mix(recipe.seed, "order", "encoder"), 5, 6)[0]
-    assert line == {"stage": "encoder", "step": 5, "loss": "nan", "epochs": [1], "images": (ids % 96).tolist()}
-    kept = newest_state(folder.state, "encoder", pytest.fail)
-    assert kept is not None
-    assert kept[0].step == 3
-    assert all(torch.isfinite(value).all() for value in kept[1]["trainer"]["model"].values())
+    ids = stream(96, BATCH, mix(recipe.seed, "order", "encoder"), suspects[0], told + 1)
+    batches = [
+        {"step": step, "epochs": [1], "images": (row % 96).tolist()} for step, row in zip(suspects, ids, strict=True)
+    ]
+    assert line == {"stage": "encoder", "step": told, "loss": "nan", "batches": batches}
+    found = newest_state(folder.state, "encoder", pytest.fail)
+    assert found is not None
+    assert found[0].step == kept
+    assert all(torch.isfinite(value).all() for value in found[1]["trainer"]["model"].values())
 
 
+@pytest.mark.parametrize("where", ["loss", "weights"])
+@pytest.mark.parametrize("last", [3, 4, 5])
 def test_rolling_back_leaves_the_batch_out_and_goes_on(
-    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str, last: int
 ) -> None:
-    poison(monkeypatch, 0, 5)
+    """Whatever shows first, a loss or the weights, and wherever the last state was: the step at fault is found."""
+    poison(monkeypatch, 0, last, where=where)
     recipe = encoder_recipe(tiny_npz, state__not_finite="rollback")
     folder = begun(recipe, tmp_path / "run")
     train(recipe, folder, CPU)
-    assert [json.loads(line)["step"] for line in (folder.path / "not_finite.jsonl").read_text().splitlines()] == [0, 5]
     assert any("gone back to step 0" in note for note in notes(folder))
     assert any("gone back to step 3" in note for note in notes(folder))
 
@@ -92,7 +111,7 @@ def test_rolling_back_leaves_the_batch_out_and_goes_on(
         train(recipe, cut, CPU, stop=lambda: next(asked) == 7)
     kept = newest_state(cut.state, "encoder", pytest.fail)
     assert kept is not None
-    assert kept[1]["left_out"] == [0, 5]
+    assert kept[1]["left_out"] == [0, last]
     train(recipe, cut, CPU)
     assert weights(cut) == weights(folder)
 
@@ -100,7 +119,7 @@ def test_rolling_back_leaves_the_batch_out_and_goes_on(
 def test_going_back_again_and_again_ends(tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, 1, 2, 3, 4)
     recipe = encoder_recipe(tiny_npz, state__not_finite="rollback")
-    with pytest.raises(AraeError, match="again, after going back 3 times"):
+    with pytest.raises(AraeError, match="again, after 3 batches were left out"):
         train(recipe, begun(recipe, tmp_path / "run"), CPU)
 
 
@@ -142,10 +161,13 @@ def test_a_device_that_runs_out_of_memory_is_one_line(
         return real(self, number, micros)
 
     monkeypatch.setattr(EncoderTrainer, "step", step)
+    monkeypatch.setattr(faults, "_device_memory", lambda device: 16 * faults.GIB)
     recipe = encoder_recipe(tiny_npz)
     folder = begun(recipe, tmp_path / "run")
-    with pytest.raises(InputError, match=r"encoder: out of memory; a micro-batch of 16 images .*encoder\.micro_batch"):
+    said = r"encoder: out of memory; a micro-batch of 16 images needs about .* has 16\.00 GiB; .*encoder\.micro_batch=8"
+    with pytest.raises(InputError, match=said) as raised:
         train(recipe, folder, CPU)
+    assert raised.value.exit_code == 2
     assert [s.step for s in list_states(folder.state)][-1] == 3
 
 
@@ -185,10 +207,11 @@ def test_other_errors_of_files_are_not_taken_for_it(tmp_path: Path) -> None:
 
 
 def test_ids_of_a_batch_name_images_and_epochs(tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path)
-    faults.write_batch(folder, "decoder", faults.LostNumbers(2, float("inf")), np.array([98, 99, 203]), 100)
+    lost = faults.LostNumbers(2, float("inf"), exact=True)
+    faults.write_batches(RunFolder(tmp_path), "decoder", lost, np.array([[98, 99, 203]]), 100)
     line = json.loads((tmp_path / "not_finite.jsonl").read_text())
-    assert line == {"stage": "decoder", "step": 2, "loss": "inf", "epochs": [0, 2], "images": [98, 99, 3]}
+    batch = {"step": 2, "epochs": [0, 2], "images": [98, 99, 3]}
+    assert line == {"stage": "decoder", "step": 2, "loss": "inf", "batches": [batch]}
 
 
 @pytest.mark.parametrize(

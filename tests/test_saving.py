@@ -11,6 +11,8 @@ import pytest
 import torch
 from training import tiny_recipe, weights
 
+from arae.errors import InputError
+from arae.files import HashingFile
 from arae.runs import RunFolder
 from arae.train import saving
 from arae.train.run import train
@@ -185,3 +187,52 @@ def test_a_rename_is_made_safe_and_nothing_temporary_stays(tmp_path: Path, monke
     save_state(tmp_path, state_of(1.0), stage="encoder", step=1, digest="d", keep=2)
     assert synced[:2] == [False, True]
     assert {p.name for p in tmp_path.iterdir()} == {"encoder-00000001.pt", "manifest.json"}
+
+
+@pytest.mark.parametrize("content", ["", '{"states": [', '{"states": [{"file": 1}]}', "[]"])
+def test_a_damaged_manifest_is_told_and_costs_no_state(tmp_path: Path, content: str) -> None:
+    """Taken for a run without states, it would begin anew and remove them."""
+    save_state(tmp_path, state_of(1.0), stage="encoder", step=1, digest="d", keep=2)
+    (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest\.json: damaged .*put a good copy"):
+        save_state(tmp_path, state_of(2.0), stage="encoder", step=2, digest="d", keep=2)
+    assert (tmp_path / "encoder-00000001.pt").exists()
+
+
+def test_what_torch_makes_of_a_full_disk_is_told_as_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here the disk takes some bytes and no more; torch.save then raises an error of its own."""
+    room = iter([True] * 3)
+    real = HashingFile.write
+
+    class Full(HashingFile):
+        def write(self, content: bytes | memoryview) -> int:
+            self.file = self.file if next(room, False) else open("/dev/full", "wb", buffering=0)  # noqa: SIM115
+            return real(self, content)
+
+    monkeypatch.setattr("arae.files.HashingFile", Full)
+    with pytest.raises(OSError, match="No space left") as raised:
+        save_state(tmp_path, state_of(1.0), stage="encoder", step=1, digest="d", keep=2)
+    assert raised.value.errno == errno.ENOSPC
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_next_best_is_exported_where_the_best_is_damaged(
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from arae.train import course
+    from arae.train.probe import Probe
+
+    scores = iter([0.9, 0.1, 0.8])
+    monkeypatch.setattr(Probe, "classify", lambda self, model: {"clean_accuracy": next(scores)})
+    real = course.read_state
+    monkeypatch.setattr(
+        course, "read_state", lambda folder, saved, note: (saved.step != 3 and real(folder, saved, note)) or None
+    )
+    recipe = tiny_recipe(tiny_npz, encoder__steps=9, encoder__export="best", state__every=9).replace({"decoder": None})
+    folder = RunFolder(tmp_path / "run")
+    folder.create(recipe)
+    train(recipe, folder, CPU)
+    notes = [json.loads(line).get("text", "") for line in folder.log.read_text().splitlines()]
+    assert any("encoder of step 9 is exported" in note for note in notes)

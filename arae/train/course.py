@@ -24,6 +24,10 @@ class Course:
     """Steps whose batch is passed over, for it once led to a loss that was no number."""
     best: float | None = None
     """The highest score so far on the held-out images."""
+    watched: int = 0
+    """Up to this step weights are looked at after each update, to find the one that leads out of the numbers."""
+    backs: int = 0
+    """How often it has gone back."""
 
 
 def newest(stage: str, run: Fit, before: int | None = None) -> tuple[Saved, dict[str, Any]] | None:
@@ -69,30 +73,39 @@ def go_back(trainer: Trainer, run: Fit, course: Course, lost: faults.LostNumbers
     Raises AraeError where the policy is to stop, or where it has been done often enough.
     """
     if run.log.active:
-        n, batch = run.source.n, run.part.batch
-        ids = stream(n, batch, order_seed(trainer.name, run), lost.step, lost.step + 1)[0]
-        faults.write_batch(run.folder, trainer.name, lost, ids, n)
-    tried = len(course.left_out) >= faults.ROLLBACKS
+        n, batch, first = run.source.n, run.part.batch, lost.suspects[0]
+        ids = stream(n, batch, order_seed(trainer.name, run), first, lost.step + 1)
+        faults.write_batches(run.folder, trainer.name, lost, ids, n)
+    # Twice for each batch: once to find the step, once without it; and as often for what does not come again.
+    tried = len(course.left_out) >= faults.ROLLBACKS or course.backs >= 4 * faults.ROLLBACKS
     found = None if run.recipe.state.not_finite == "stop" or tried else newest(trainer.name, run, before=lost.step)
     if found is None:
         raise faults.lost_numbers(trainer.name, lost, tried=tried) from None
     saved, payload = found
     trainer.restore(payload["trainer"])
     back = course_of(saved, payload)
-    back.left_out = sorted({*course.left_out, *back.left_out, lost.step})
+    back.left_out = sorted({*course.left_out, *back.left_out, *(lost.suspects if lost.exact else [])})
+    back.watched, back.backs = max(course.watched, lost.step + 1), course.backs + 1
+    then = "that batch is left out" if lost.exact else "looking for the step that leads there"
     run.log.note(
-        f"the {trainer.name}'s loss was {lost.loss} at step {lost.step + 1}: gone back to step {saved.step}; "
-        f"that batch is left out, not_finite.jsonl names its images"
+        f"the {trainer.name}'s loss was {lost.loss} at step {lost.step + 1}: gone back to step {saved.step}; {then}, "
+        "and not_finite.jsonl names the images"
     )
     return back
 
 
 def take_best(trainer: Trainer, run: Fit) -> None:
-    """Set back the state that was best on the held-out images, to be exported."""
+    """Set back the state that was best on the held-out images, to be exported; the next best where it is damaged."""
     payload = None
-    if run.log.active and (best := best_of([s for s in list_states(run.folder.state) if s.stage == trainer.name])):
-        run.log.note(f"the {trainer.name} of step {best.step} was best on the held-out images ({best.score:.4g})")
-        payload = read_state(run.folder.state, best, run.log.note)
+    if run.log.active:
+        scored = [s for s in list_states(run.folder.state) if s.stage == trainer.name and s.score is not None]
+        while payload is None and (best := best_of(scored)):
+            scored.remove(best)
+            payload = read_state(run.folder.state, best, run.log.note)
+            if payload is not None:
+                run.log.note(f"the {trainer.name} of step {best.step} is exported, the best kept ({best.score:.4g})")
+        if payload is None:
+            run.log.note(f"no scored state of the {trainer.name} can be read: its last weights are exported")
     payload = run.engine.told(payload)
     if payload is not None:
         trainer.restore(payload["trainer"])

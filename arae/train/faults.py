@@ -23,42 +23,53 @@ if TYPE_CHECKING:
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 GONE = (errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENODEV, errno.EROFS, errno.ETIMEDOUT, errno.EHOSTDOWN)
-ROLLBACKS = 3  # a stage that leaves the numbers more often than this has another fault than an odd batch
+ROLLBACKS = 3  # batches left out: a stage that leaves the numbers more often has another fault than an odd batch
 GIB = 2**30
 
 
 class LostNumbers(Exception):  # noqa: N818 -- the loop handles it; it never reaches a user
     """The loss, or a weight, is NaN or infinite; raised on every worker alike."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        """`step`: the first whose loss it was, counted from 0."""
+    def __init__(self, step: int, loss: float, *, exact: bool) -> None:
+        """`step`: the first whose loss it was, or whose update left such weights, counted from 0.
+
+        exact: it is this step's doing; else it may also have been the update of the step before.
+        """
         super().__init__(f"loss {loss} in step {step}")
-        self.step, self.loss = step, loss
+        self.step, self.loss, self.exact = step, loss, exact
+
+    @property
+    def suspects(self) -> list[int]:
+        """The steps whose batches may have led to it."""
+        return [self.step] if self.exact or not self.step else [self.step - 1, self.step]
 
 
 def lost_numbers(stage: str, lost: LostNumbers, *, tried: bool) -> AraeError:
     """What ends a stage whose loss is no number; `tried`: after going back did not help."""
-    again = f" again, after going back {ROLLBACKS} times" if tried else ""
+    again = f" again, after {ROLLBACKS} batches were left out" if tried else ""
     return AraeError(
         f"the {stage}'s loss is {lost.loss} at step {lost.step + 1}{again}: lower {stage}.lr, or use precision=fp32, "
         "under another name=…; the last state saved is kept, and not_finite.jsonl names the batch's images"
     )
 
 
-def write_batch(folder: RunFolder, stage: str, lost: LostNumbers, ids: np.ndarray, n: int) -> None:
-    """Append the batch that a loss was lost on to `not_finite.jsonl`: `images` are positions in data.train.
+def write_batches(folder: RunFolder, stage: str, lost: LostNumbers, ids: np.ndarray, n: int) -> None:
+    """Append what a loss was lost on to `not_finite.jsonl`: `images` are positions in data.train.
 
-    ids: int64 [batch], epoch * n + index, of the step; n: training images.
+    ids: int64 [suspects, batch], epoch * n + index, of the suspected steps; n: training images.
     """
-    epochs, images = np.unique(ids // n).tolist(), (ids % n).tolist()
-    line = {"stage": stage, "step": lost.step, "loss": str(lost.loss), "epochs": epochs, "images": images}
+    batches = [
+        {"step": step, "epochs": np.unique(row // n).tolist(), "images": (row % n).tolist()}
+        for step, row in zip(lost.suspects, ids, strict=True)
+    ]
+    line = {"stage": stage, "step": lost.step, "loss": str(lost.loss), "batches": batches}
     with (folder.path / "not_finite.jsonl").open("a") as file:
         file.write(json.dumps(line) + "\n")
 
 
 @contextmanager
 def memory_told(recipe: Recipe, stage: str, source: Source, engine: Engine) -> Iterator[None]:
-    """Around a step: a device that runs out of memory is an InputError that says what would fit."""
+    """Around a stage: a device that runs out of memory is an InputError that says what would fit."""
     try:
         yield
     except torch.OutOfMemoryError as error:

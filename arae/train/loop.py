@@ -45,7 +45,8 @@ def fit(trainer: Trainer, run: Fit) -> float:
             save(trainer, run, course, meter, saver)  # there must be something to go back to
         while True:
             try:
-                advance(trainer, run, course, meter, saver)
+                with faults.memory_told(run.recipe, trainer.name, run.source, run.engine):
+                    advance(trainer, run, course, meter, saver)
                 break
             except faults.LostNumbers as lost:
                 saver.wait()
@@ -66,15 +67,16 @@ def advance(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Sav
             micros = [next(batches) for _ in range(own)]
         if step not in course.left_out:
             run.engine.begin()
-            with faults.memory_told(run.recipe, trainer.name, run.source, run.engine):
-                meter.add(step, trainer.step(step, micros), own * run.part.micro)
+            meter.add(step, trainer.step(step, micros), own * run.part.micro)
         done = course.step = step + 1
+        if done <= course.watched:
+            refuse_no_number(trainer, run, course, meter)
         saver.check()
         at_interval = done % run.interval == 0 or done == run.total
         if at_interval and meter.steps:
-            report(trainer.name, run, done, meter)
+            report(trainer, run, course, meter)
             word_every = max(1, min(run.interval, int(WORD_S / meter.step_s)))
-        score = check(trainer, run, done, meter) if ends_epoch(run, done) else None
+        score = check(trainer, run, course, meter) if ends_epoch(run, done) else None
         # Workers must agree to stop or to save, which costs them a word: about one a second.
         stopping = late = False
         if at_interval or done % word_every == 0:
@@ -117,19 +119,32 @@ def micro_batches(stage: str, run: Fit, first: int) -> Iterator[Micro]:
             yield Micro(ready, labels, own.start + i % len(own), per_step)
 
 
-def report(stage: str, run: Fit, done: int, meter: Meter) -> None:
+def report(trainer: Trainer, run: Fit, course: Course, meter: Meter) -> None:
     """Tell the interval's means; raises LostNumbers where a loss is no number."""
-    refuse_no_number(meter)
-    told = meter.interval()
+    refuse_no_loss(course, meter)
+    told, done = meter.interval(), course.step
     epoch, left = done * run.part.batch / run.source.n, (run.total - done) * meter.step_s
-    run.log.emit("interval", stage=stage, step=done, steps=run.total, epoch=epoch, eta_s=round(left, 3), **told)
+    fields = {"stage": trainer.name, "step": done, "steps": run.total, "epoch": epoch, "eta_s": round(left, 3)}
+    run.log.emit("interval", **fields, **told)
 
 
-def refuse_no_number(meter: Meter) -> None:
+def refuse_no_loss(course: Course, meter: Meter) -> None:
     """LostNumbers for the first step whose loss is NaN or infinite; every worker must call it."""
     for step, loss in meter.losses():
         if not math.isfinite(loss):
-            raise faults.LostNumbers(step, loss)
+            raise faults.LostNumbers(step, loss, exact=step < course.watched)  # the weights before it were looked at
+
+
+def refuse_no_number(trainer: Trainer, run: Fit, course: Course, meter: Meter) -> dict[str, Any]:
+    """The trainer's state; LostNumbers where a loss, or a number in it, is NaN or infinite. Every worker must call it.
+
+    Losses tell of weights one step late: where all of them are numbers and the weights are not, it was the last update.
+    """
+    refuse_no_loss(course, meter)
+    state = trainer.state()
+    if any(run.engine.any(not all_finite(state))):
+        raise faults.LostNumbers(course.step - 1, math.nan, exact=True)
+    return state
 
 
 def ends_epoch(run: Fit, done: int) -> bool:
@@ -141,26 +156,24 @@ def ends_epoch(run: Fit, done: int) -> bool:
     return (done * batch // n) // every > ((done - 1) * batch // n) // every
 
 
-def check(trainer: Trainer, run: Fit, done: int, meter: Meter) -> float | None:
+def check(trainer: Trainer, run: Fit, course: Course, meter: Meter) -> float | None:
     """Measure on held-out images and tell it; returns the score that states are compared by, on every worker."""
-    score = None
-    with meter.paused(), trainer.learner.whole():  # one worker measures, which could not ask the others for weights
-        if run.log.active:
-            measured = run.validate(done)
-            epoch = round(done * run.part.batch / run.source.n, 2)
-            run.log.emit("epoch", stage=trainer.name, step=done, epoch=epoch, metrics=meter.epoch() | measured)
-            score = next((measured[name] for name in SCORES if name in measured), None)
-        return run.engine.told(score)
+    score, done = None, course.step
+    with meter.paused():
+        refuse_no_number(trainer, run, course, meter)
+        with trainer.learner.whole():  # one worker measures, which could not ask the others for weights
+            if run.log.active:
+                measured = run.validate(done)
+                epoch = round(done * run.part.batch / run.source.n, 2)
+                run.log.emit("epoch", stage=trainer.name, step=done, epoch=epoch, metrics=meter.epoch() | measured)
+                score = next((measured[name] for name in SCORES if name in measured), None)
+            return run.engine.told(score)
 
 
 def save(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Saver, score: float | None = None) -> None:
     """Begin to write the state; rank 0 alone, for it is of all workers. LostNumbers where it holds no numbers."""
     with meter.saving():
-        refuse_no_number(meter)
-        state = trainer.state()
-        # The last update may have led out of the numbers, which no loss has told yet.
-        if any(run.engine.any(not all_finite(state))):
-            raise faults.LostNumbers(course.step - 1, math.nan)
+        state = refuse_no_number(trainer, run, course, meter)
         if score is not None and (course.best is None or score > course.best):
             course.best = score
         if run.log.active:

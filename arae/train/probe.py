@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from arae.attacks.gradient import perturb
-from arae.config import Attack, Recipe
+from arae.config import Attack, Recipe, Stage
 from arae.data.augment import to_float
 from arae.data.load import Described, Source, open_source, same_kind
 from arae.errors import AraeError
@@ -40,21 +40,31 @@ class Probe:
     def classify(self, model: Encoder) -> dict[str, float]:
         """Accuracy on the clean images and, where training attacks, on attacked ones."""
         attack = self.recipe.encoder.attack
-        found = {"clean_accuracy": self._accuracy(model, self.images)}
-        if attack.eps:
-            against = Attack(norm=attack.norm, eps=attack.eps, steps=10)
-            with self.engine.autocast():
-                found["robust_accuracy"] = self._accuracy(model, perturb(model, self.images, self.labels, against))
-        return found
+        against = Attack(norm=attack.norm, eps=attack.eps, steps=10) if attack.eps else None
+        right: dict[str, list[Tensor]] = {"clean_accuracy": []}
+        for x, y in zip(*self._pieces(self.recipe.encoder, self.images, self.labels), strict=True):
+            right["clean_accuracy"].append(self._right(model, x, y))
+            if against is not None:
+                with self.engine.autocast():
+                    attacked = perturb(model, x, y, against)
+                right.setdefault("robust_accuracy", []).append(self._right(model, attacked, y))
+        return {name: torch.cat(found).float().mean().item() for name, found in right.items()}
 
-    def _accuracy(self, model: Encoder, images: Tensor) -> float:
+    def _pieces(self, part: Stage, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+        """As many images at once as training has: no more is known to fit into memory."""
+        return [tensor.split(part.micro) for tensor in tensors]
+
+    def _right(self, model: Encoder, images: Tensor, labels: Tensor) -> Tensor:
         with evaluating(model), torch.no_grad(), self.engine.autocast():
-            return (model(images).argmax(1) == self.labels).float().mean().item()
+            return model(images).argmax(1) == labels
 
     def reconstruct(self, encoder: Encoder, generator: nn.Module, step: int) -> dict[str, float]:
         """PSNR of what the generator makes of `encoder`; leaves a picture of a few beside their originals."""
+        assert self.recipe.decoder is not None
+        (pieces,) = self._pieces(self.recipe.decoder, self.images)
         with evaluating(generator), torch.no_grad(), self.engine.autocast():
-            again = full(generator(code(encoder, self.images, self.recipe.encoder.layer)))
+            made = [full(generator(code(encoder, piece, self.recipe.encoder.layer))) for piece in pieces]
+        again = torch.cat(made)
         if not torch.isfinite(again).all():
             raise AraeError(
                 f"decoder: by step {step} it has diverged, its images are not finite; lower decoder.lr or "

@@ -81,9 +81,7 @@ class Worker:
         """The trained encoder: from the run folder where it is finished, else trained now."""
         part, shape = self.recipe.encoder, self.source.shape
         if self._finished("encoder"):
-            config = read_config(self.folder.model)
-            assert config is not None
-            return load_encoder(self.folder.model, config, self.engine.images_dtype)
+            return self._finished_encoder()
         torch.manual_seed(mix(self.recipe.seed, "initial encoder"))
         given = weights_file(part.weights) if part.weights else None
         model = create_encoder(
@@ -200,8 +198,22 @@ class Worker:
         self.log.emit("stage", stage=stage, state="finished", seconds=seconds)
         self.engine.barrier()
 
+    def _finished_encoder(self) -> Encoder:
+        """Rank 0 reads it for all, as what is finished: what others see of a shared disk may be older."""
+        dtype, made = self.engine.images_dtype, None
+        if self.log.active:
+            config = read_config(self.folder.model)
+            assert config is not None
+            made = load_encoder(self.folder.model, config, dtype)
+        weights = self.engine.told(made.state_dict() if made else None)
+        if made is None:
+            part, shape = self.recipe.encoder, self.source.shape
+            made = create_encoder(part.name, len(self.source.classes), shape[0], shape[1], width=part.width).to(dtype)
+            made.load_state_dict(weights)
+        return made
+
     def _finished(self, stage: str) -> bool:
-        config = read_config(self.folder.model) or {}
+        config = self.engine.told(read_config(self.folder.model) if self.log.active else None) or {}
         if stage not in config:
             return False
         if config[stage]["digest"] != self._digest(stage) or config[stage]["images"] != self.images:

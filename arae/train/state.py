@@ -15,6 +15,7 @@ from typing import IO, Any, cast
 
 import torch
 
+from arae.errors import InputError
 from arae.files import write_text, write_with
 
 
@@ -66,11 +67,20 @@ def best_of(states: Sequence[Saved]) -> Saved | None:
 
 
 def list_states(folder: Path) -> list[Saved]:
-    """The manifest's states, oldest first; none where there is no readable manifest."""
+    """The manifest's states, oldest first; none where there is no manifest.
+
+    InputError for a manifest that is damaged, OSError for one that can't be read: neither may be taken for a run that
+    has no states, which would begin anew and remove them.
+    """
+    path = folder / "manifest.json"
     try:
-        return [Saved(**entry) for entry in json.loads((folder / "manifest.json").read_text())["states"]]
-    except (OSError, ValueError, KeyError, TypeError):
+        return [Saved(**entry) for entry in json.loads(path.read_text())["states"]]
+    except FileNotFoundError:
         return []
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path}: damaged ({error}); put a good copy of it back, or remove {folder} to begin the stage anew"
+        ) from None
 
 
 def newest_state(

@@ -10,30 +10,24 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from arae.errors import AraeError, InputError, Stopped
+from cluster.tokens import Say, Token, read_token
+
+if TYPE_CHECKING:
+    import requests
+    from ray.job_submission import JobSubmissionClient
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 CONNECT_S, ANSWER_S = 10, 30
+TAKES_S = 120  # what a server may take to receive the project, or to begin or stop a job
 QUIET_S = 30.0  # a log that says nothing for so long may be a connection that is gone: the server is asked
 LOST_S = 300.0  # a server that does not answer for so long is given up
 STARTS_S = 60.0  # how long a cluster may take to start
 AGAIN_S = 2.0
 NO_COMMAND = 127  # a shell's, where there is no such command
-
-Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Token:
-    """What a cluster with token authentication asks of its clients."""
-
-    value: str
-    source: str
-    """Where it came from, for people."""
 
 
 @dataclass(frozen=True)
@@ -59,16 +53,24 @@ class Jobs:
         host = urlsplit(self.address).hostname
         if token and self.address.startswith("http:") and host not in ("localhost", "127.0.0.1", "::1"):
             self.say(f"arae: the token goes to {host} unencrypted; a tunnel (ssh -L 8265:localhost:8265) protects it")
-        from ray.job_submission import JobSubmissionClient
+        import requests
 
         for chatty in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
             logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
         # Ray prefers this variable, and RAY_ADDRESS, to the address it is given; ours has been chosen already.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
-        self.client = JobSubmissionClient(self.address, headers=headers)
+        try:
+            self.client = _client(self.address, headers)
+        except (requests.exceptions.RequestException, OSError) as error:
+            raise InputError(f"--address {self.address}: the job server does not answer ({_reason(error)})") from None
 
     def submit(self, entrypoint: str, runtime_env: dict[str, Any], name: str | None) -> str:
-        """Start a job and return its id; InputError where there is a job of that name already."""
+        """Start a job and return its id.
+
+        Raises InputError where there is a job of that name already, AraeError where the server refuses it or is silent.
+        """
+        import requests
+
         deadline = time.monotonic() + STARTS_S
         while True:
             try:
@@ -79,6 +81,11 @@ class Jobs:
                 # A cluster that has just been started answers before it can take jobs.
                 if "try again later" not in str(error) or time.monotonic() > deadline:
                     raise AraeError(f"{self.address} refused the job ({_last_line(str(error))})") from None
+            except requests.exceptions.RequestException as error:
+                raise AraeError(
+                    f"{self.address} did not answer when the job was sent ({_reason(error)}); `ray job list --address "
+                    f"{self.address}` shows whether it has begun"
+                ) from None
             time.sleep(AGAIN_S)
 
     def ended(self, job: str) -> Ended | None:
@@ -189,40 +196,19 @@ def exit_code(job: str, ended: Ended) -> int:
     return ended.code
 
 
-def read_token(say: Say) -> Token | None:
-    """The token to show, from where Ray looks for it: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, `~/.ray/auth_token`.
+def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
+    """Ray's client, which would wait for ever for a server that accepts a connection and says nothing."""
+    from ray.job_submission import JobSubmissionClient
 
-    The last only with RAY_AUTH_MODE=token; None with RAY_AUTH_MODE=disabled, and where there is none. Nothing is
-    written. Raises InputError: a token was asked for and is missing, can't be read, or can't be a token.
-    """
-    mode = os.environ.get("RAY_AUTH_MODE", "").lower()
-    if mode == "disabled":
-        return None
-    path, default = os.environ.get("RAY_AUTH_TOKEN_PATH"), Path.home() / ".ray" / "auth_token"
-    if value := os.environ.get("RAY_AUTH_TOKEN"):
-        found = Token(value.strip(), "RAY_AUTH_TOKEN")
-    elif path:
-        found = Token(_token_file(Path(path), say), f"RAY_AUTH_TOKEN_PATH={path}")
-    elif mode == "token" and default.is_file():
-        found = Token(_token_file(default, say), str(default))
-    elif mode == "token":
-        raise InputError(
-            "RAY_AUTH_MODE=token, but there is no token here: set RAY_AUTH_TOKEN_PATH to a file with the cluster's"
-        )
-    else:
-        return None
-    if not re.fullmatch(r"[!-~]+", found.value):
-        raise InputError(f"{found.source}: holds no token; a token is one word of letters, digits and signs")
-    return found
+    class Client(JobSubmissionClient):
+        def _do_request(  # type: ignore[override]
+            self, method: str, endpoint: str, *, data: bytes | None = None, json_data: dict[str, Any] | None = None
+        ) -> requests.Response:
+            # While a body is sent, the first of the two holds for each piece of it.
+            limit = (CONNECT_S, ANSWER_S) if method == "GET" else (ANSWER_S, TAKES_S)
+            return super()._do_request(method, endpoint, data=data, json_data=json_data, timeout=limit)
 
-
-def _token_file(path: Path, say: Say) -> str:
-    try:
-        if path.stat().st_mode & 0o077:
-            say(f"arae: {path} can be read by other users of this machine; chmod 600 {path}")
-        return path.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the token can't be read ({_reason(error)})") from None
+    return Client(address, headers=headers)
 
 
 def _address(given: str | None) -> str:

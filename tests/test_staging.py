@@ -118,6 +118,34 @@ def test_a_copy_cut_short_is_gone_on_with(shelf: Path, monkeypatch: pytest.Monke
         assert not path.with_name("train.beton.part").exists()
 
 
+def test_storage_that_is_away_at_the_start(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named, said, away = f"local://{shelf}/train.beton", list[str](), 10**9
+    entry = Remote.entry
+
+    def failing(self: Remote, name: str = ""):
+        nonlocal away
+        away -= 1
+        if away >= 0:
+            raise Away(f"{self.shown}: no answer (timeout)")
+        return entry(self, name)
+
+    monkeypatch.setattr(Remote, "entry", failing)
+    monkeypatch.setenv("ARAE_STORAGE_WAIT", "0.1")
+    with pytest.raises(Stopped, match="no answer .timeout.; run the same command again"):
+        staged(named, said)
+    monkeypatch.setenv("ARAE_STORAGE_WAIT", "60")
+    away = 2  # for a moment
+    path = staged(named, said)
+    assert said == []
+    away = 10**9
+    assert staged(named, said) == path
+    assert ["no answer" in line and "of when it last did, is used" in line for line in said] == [True]
+    monkeypatch.setenv("ARAE_STORAGE_WAIT", "0.1")
+    change(path, lambda content: content.__setitem__(99, content[99] ^ 1))
+    with pytest.raises(Stopped, match="no answer"):  # a copy that is damaged is of no use
+        staged(named, said)
+
+
 def change(path: Path, edit: Callable[[bytearray], object]) -> None:
     content = bytearray(path.read_bytes())
     edit(content)

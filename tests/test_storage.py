@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -11,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from arae.errors import InputError, Stopped
+from arae.errors import DiskFull, InputError, Stopped
 from arae.runs import RunFolder, runs_root
 from arae.storage import (
+    Away,
     Remote,
     fetch_runs,
     fetched,
@@ -26,10 +28,13 @@ from arae.storage import (
     without_secrets,
 )
 from arae.storage import lease as lease_module
+from arae.storage import pusher as pusher_module
 from arae.storage.contents import no_states
 from arae.storage.copy import Copy
 from arae.storage.lease import Lease
 from arae.storage.place import working_root
+from arae.storage.pusher import Pusher
+from arae.storage.sharing import finished
 
 
 def write(path: Path, text: str) -> None:
@@ -268,23 +273,24 @@ def test_one_command_at_a_time(there: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(lease_module, "RENEWED_S", 0.05)
     monkeypatch.setattr(lease_module, "WATCHED_S", 1.0)
     monkeypatch.setattr(lease_module, "LOOK_S", 0.05)
-    remote = Remote(f"local://{there}/run")
-    first, done = Lease(remote), threading.Event()
-    first.take()
+    remote, cut = Remote(f"local://{there}/run"), threading.Event()
 
-    def renew() -> None:
-        while not done.wait(0.05):
-            first.renew()
+    class Line(Remote):
+        """The storage as seen by one whose network can be cut."""
 
-    thread = threading.Thread(target=renew)
-    thread.start()
+        def read(self, name: str = "") -> bytes | None:
+            if cut.is_set():
+                raise Away("cut")
+            return super().read(name)
+
+    first = Lease(Line(remote.url))
+    first.take()  # and nothing more: whatever its command does meanwhile, it is renewed
     with pytest.raises(InputError, match=f"another command is at work on this run, process {os.getpid()} on "):
         Lease(remote).take()
-    done.set()
-    thread.join()
+    cut.set()
     second = Lease(remote)  # the first is silent now
     second.take()
-    time.sleep(0.06)
+    cut.clear()
     assert not first.renew()
     first.release()  # it has lost it: the second's stays
     assert second.renew()
@@ -292,10 +298,76 @@ def test_one_command_at_a_time(there: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert not list((there / "run").iterdir())
     # A holder of this machine that is dead is not waited for.
     monkeypatch.setattr(lease_module, "WATCHED_S", 1000.0)
-    Lease(remote).take()
-    held = json.loads((there / "run" / ".lease.json").read_text())
-    write(there / "run" / ".lease.json", json.dumps(held | {"pid": 2**22 + 1}))
-    Lease(remote).take()
+    held = {"id": "other", "host": socket.gethostname(), "pid": 2**22 + 1, "time": time.time()}
+    write(there / "run" / ".lease.json", json.dumps(held))
+    third = Lease(remote)
+    third.take()
+    third.release()
+
+
+class Slow(Remote):
+    """Takes a while for each object, fails for the first `failing` tries, and from `stuck` on takes nothing more."""
+
+    seconds, stuck, failing = 0.0, threading.Event(), 0
+
+    def upload(self, name: str, file, size: int) -> None:
+        if Slow.failing:
+            Slow.failing -= 1
+            raise Away("away for a moment")
+        if Slow.stuck.is_set():
+            raise Away("the line is cut")
+        time.sleep(Slow.seconds)
+        super().upload(name, file, size)
+
+
+class Held:
+    """A run that stays ours."""
+
+    def renew(self) -> bool:
+        return True
+
+
+def pusher_of(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> Pusher:
+    """One that sends nothing before it is finished."""
+    monkeypatch.setattr(pusher_module, "EVERY_S", 1000.0)
+    monkeypatch.setattr(Slow, "stuck", threading.Event())
+    copy.claim("work")
+    return Pusher(copy, Held(), {"work"}, lambda text: None)
+
+
+def test_a_long_end_is_sent_while_it_gets_on(tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copy = copy_of(there, tmp_path / "a", Slow)
+    monkeypatch.setattr(Slow, "seconds", 0.2)
+    monkeypatch.setattr(Slow, "failing", 1)
+    monkeypatch.setattr(pusher_module, "SLACK_S", 0.0)
+    for n in range(10):  # two seconds, and one of waiting
+        write(copy.path / "images" / f"{n}.png", "p" * n)
+    pusher_of(copy, monkeypatch).finish(2)
+    assert files(there / "run") == files(copy.path)
+
+
+def test_a_stop_tells_what_the_storage_really_has(
+    tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = copy_of(there, tmp_path / "a", Slow)
+    pusher = pusher_of(copy, monkeypatch)
+    for there_is in ("there is no state there", "the newest state there is state/encoder-00000010.pt"):
+
+        def stop(pusher: Pusher = pusher) -> None:
+            with finished(pusher):
+                save(copy.path, 20)
+                Slow.stuck.set()
+                raise DiskFull("stopped at step 20, whose state is kept")
+
+        monkeypatch.setenv("ARAE_STORAGE_WAIT", "0.1")
+        with pytest.raises(DiskFull, match=r"^stopped at step 20, whose state is kept; but .*the line is cut") as error:
+            stop()
+        assert there_is in str(error.value)
+        (copy.path / "state" / "encoder-00000020.pt").unlink()
+        (copy.path / "state" / "manifest.json").unlink()
+        save(copy.path, 10)
+        pusher = pusher_of(copy, monkeypatch)
+        pusher.now()
 
 
 @pytest.fixture
@@ -312,9 +384,9 @@ def test_a_command_a_worker_elsewhere_and_a_reader(
 ) -> None:
     folder = RunFolder(runs_root() / "tiny")
     said: list[str] = []
+    monkeypatch.setattr(lease_module, "RENEWED_S", 0.05)
     with shared(folder, said.append) as place:
         write(folder.recipe, "name: tiny")
-        monkeypatch.setattr(lease_module, "RENEWED_S", 0.0)
         with pytest.raises(InputError, match="another command is at work"):
             shared(folder, said.append).__enter__()
         with place.lent():

@@ -4,19 +4,25 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
 import pytest
+import ray
 from training import tiny_recipe
 
 from arae.cli import main
 from arae.cli.clusters import parsed
 from arae.config import dump_recipe
 from arae.errors import AraeError, InputError, Stopped
-from cluster.jobs import Ended, Jobs, exit_code, read_token
+from cluster import jobs
+from cluster.jobs import Ended, Jobs, exit_code
 from cluster.package import package
 from cluster.submit import Job, environment, prepare
+from cluster.tokens import read_token
 
 KEPT = ("arae/data/load.py", "arae/cli.py", "README.md", "my recipes/a.yaml")
 LEFT_OUT = (
@@ -280,6 +286,53 @@ def test_an_address_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     for wrong in ("auto", "ray://head:10001", "head:8265", "http://"):
         with pytest.raises(InputError, match="the job server's URL"):
             Jobs(wrong)
+
+
+@pytest.fixture
+def silent() -> Iterator[tuple[str, threading.Event]]:
+    """A job server that says its version, and from the event on accepts connections and says nothing."""
+    version = b'{"ray_version": "' + ray.__version__.encode() + b'"}'
+    answer = b"HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(version), version)
+    quiet, kept = threading.Event(), list[socket.socket]()
+
+    def serve() -> None:
+        with suppress(OSError):  # closed, in the end
+            while True:
+                kept.append(listening.accept()[0])
+                if not quiet.is_set():
+                    kept[-1].recv(65536)
+                    kept[-1].sendall(answer)
+                    kept.pop().close()
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        thread = threading.Thread(target=serve)
+        thread.start()
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}", quiet
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for each in kept:
+        each.close()
+
+
+@pytest.mark.usefixtures("no_token")
+def test_a_server_that_accepts_and_never_answers(
+    silent: tuple[str, threading.Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, quiet = silent
+    for limit in ("ANSWER_S", "TAKES_S", "LOST_S"):
+        monkeypatch.setattr(jobs, limit, 0.2)
+    server = Jobs(address)
+    quiet.set()
+    (tmp_path / "project.zip").write_bytes(b"PK")
+    for env in ({}, {"working_dir": str(tmp_path / "project.zip")}):
+        with pytest.raises(AraeError, match=r"did not answer when the job was sent \(ReadTimeout\)") as error:
+            server.submit("true", env, None)
+        assert "\n" not in str(error.value)
+    with pytest.raises(AraeError, match=r"does not answer any more \(ReadTimeout\)"):
+        server.stop("job")
+    with pytest.raises(InputError, match="no job server answers"):
+        Jobs(address)
+    assert address in str(error.value)
 
 
 @pytest.mark.parametrize(

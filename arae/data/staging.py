@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import hashlib
+import json
 import logging
 import os
 import shutil
@@ -23,13 +24,15 @@ from pathlib import Path
 from arae.data import beton
 from arae.data.origin import Origin
 from arae.errors import InputError
+from arae.files import write_text
 from arae.locks import held
-from arae.storage import is_url, patiently, scratch
+from arae.storage import Away, is_url, patiently, scratch
 
 Note = Callable[[str], None]
 
 SAID_S = 10.0  # between two words on how far a copy is
 LOOK_S = 0.2
+ORIGIN = ".origin"  # in a copy's folder: what it is a copy of
 _ready: dict[str, tuple[Path, int]] = {}
 """What this process has staged: the copy, and the lock that keeps it, held until the process ends."""
 
@@ -43,7 +46,7 @@ def local(named: str, key: str, note: Note = log_note) -> Path:
     """Where the file that a recipe names lies on this machine; copied here first where it must be.
 
     key: the recipe's key, for what is said. Raises InputError where a URL names nothing, the disk has no room, or the
-    file is not what its manifest says; AraeError where the storage does not answer.
+    file is not what its manifest says; Stopped where the storage does not answer.
     """
     if not is_staged(named):
         return Path(named)
@@ -68,8 +71,24 @@ class Staging:
     """One file on its way to this machine."""
 
     def __init__(self, origin: Origin, key: str, note: Note) -> None:
-        """InputError where the origin is not there."""
+        """Ask the storage what there is.
+
+        Raises InputError where the origin is not there, Stopped where the storage does not answer and no good copy of
+        before is here.
+        """
         self.origin, self.key, self.note = origin, key, note
+        self.manifest: beton.Manifest | None = None
+        self.sha256: str | None = None
+        try:
+            self._ask()
+        except Away as error:
+            if self._remembers():
+                note(f"{key}: {error}; the copy in {self.folder}, of when it last did, is used")
+            else:
+                patiently(self._ask)
+
+    def _ask(self) -> None:
+        origin, key = self.origin, self.key
         if not origin.is_there():
             raise InputError(f"{key}: {origin.shown} is not there")
         self.manifest = origin.manifest(key)
@@ -80,9 +99,23 @@ class Staging:
             )
         self.sha256 = self.manifest.sha256 if self.manifest else None
         # Another content has another folder, so a copy is never of an older file of the same name.
-        self.folder = scratch() / "data" / f"{origin.path.stem}-{(self.sha256 or origin.mark)[:16]}"
-        self.path = self.folder / origin.path.name
+        self._lies_in(scratch() / "data" / f"{origin.path.stem}-{(self.sha256 or origin.mark)[:16]}")
+
+    def _lies_in(self, folder: Path) -> None:
+        self.folder = folder
+        self.path = folder / self.origin.path.name
         self.part = self.path.with_name(self.path.name + ".part")
+
+    def _remembers(self) -> bool:
+        """Whether the copy that was used last of this origin is still here and good."""
+        for folder in sorted((scratch() / "data").glob("*/"), key=_last_used, reverse=True):
+            with suppress(OSError, ValueError):
+                known = json.loads((folder / ORIGIN).read_text())
+                if known["shown"] == self.origin.shown:
+                    self.origin.bytes, self.sha256 = known["bytes"], known["sha256"]
+                    self._lies_in(folder)
+                    return self._is_good()
+        return False
 
     def made(self) -> tuple[Path, int]:
         """The copy, made where it is not here or is damaged, and the lock that keeps others from removing it."""
@@ -136,6 +169,8 @@ class Staging:
             )
         if self.manifest is not None:
             beton.manifest_path(self.path).write_bytes(self.origin.manifest_bytes())
+        known = {"shown": self.origin.shown, "bytes": self.origin.bytes, "sha256": self.sha256}
+        write_text(self.folder / ORIGIN, json.dumps(known))
         self.part.replace(self.path)
         (self.folder / ".checked").write_text(_time_of(self.path))
 

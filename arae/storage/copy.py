@@ -18,21 +18,24 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from arae.files import write_text
 from arae.locks import held
 from arae.storage.contents import (
     LISTS,
+    MANIFEST,
     Batch,
     Role,
     Signature,
     Wanted,
     everything,
     files_of,
+    named_states,
     own_files,
     role_of,
     signature,
@@ -59,6 +62,10 @@ class Copy:
 
     def __init__(self, path: Path, remote: Remote) -> None:
         self.path, self.remote = path, remote
+        self.moved = time.monotonic()
+        """When the storage last took something of a file."""
+        self.sent = 0
+        """Files that it took or removed."""
         self._sent_at: dict[str, float] = {}
 
     @cached_property
@@ -108,6 +115,8 @@ class Copy:
                 return False
             if (local := signature(self.path / name)) is not None:
                 known[name] = Known(local, (there.bytes, there.changed))
+        if role_of(MANIFEST) == role and not ours:
+            self._note_manifest((self.path / MANIFEST).read_bytes() if MANIFEST in theirs else None)
         self._note_known(role, known)
         return True
 
@@ -129,6 +138,7 @@ class Copy:
                 self.remote.delete(name)
                 known.pop(name)
                 self._note_known(role, known)
+                self._progressed(name, None)
 
     def _send(self, name: str, batch: Batch, known: dict[str, Known]) -> None:
         if name in batch.lists:
@@ -140,10 +150,26 @@ class Copy:
                 return  # gone again meanwhile: the next push sees what is there then
             with file:
                 now = stat_of(os.fstat(file.fileno()))
-                self.remote.upload(name, file, now[0])
+                self.remote.upload(name, cast(BinaryIO, _Heard(file, self)), now[0])
         there = self.remote.entry(name)
         known[name] = Known(now, (there.bytes, there.changed) if there else (0, None))
         self._sent_at[name] = time.monotonic()
+        self._progressed(name, batch.lists.get(name))
+
+    def newest_state(self) -> str | None:
+        """The newest state that the storage lists, as far as is known here; None where it lists none."""
+        with suppress(OSError):
+            return next(iter(reversed(named_states((self.path / OURS / "manifest.json").read_bytes()))), None)
+        return None
+
+    def _note_manifest(self, content: bytes | None) -> None:
+        write_text(self.path / OURS / "manifest.json", (content or b"").decode())
+
+    def _progressed(self, name: str, content: bytes | None) -> None:
+        self.moved = time.monotonic()
+        self.sent += 1
+        if name == MANIFEST:
+            self._note_manifest(content)
 
     def _too_early(self, name: str, size: int) -> bool:
         if size < LARGE or name.startswith(("state/", "model/")):
@@ -173,6 +199,19 @@ class Copy:
         """One process of this machine at a time: a command and a worker may share the copy."""
         with held(self.path / OURS / f"{what}.lock"):
             yield
+
+
+class _Heard:
+    """A file on its way: a further piece is asked for once the storage took one before."""
+
+    def __init__(self, file: BinaryIO, copy: Copy) -> None:
+        self._file, self._copy = file, copy
+
+    def read(self, size: int) -> bytes:
+        """As the file's."""
+        if self._file.tell():
+            self._copy.moved = time.monotonic()
+        return self._file.read(size)
 
 
 def _same(known: Known | None, here: Signature, there: Entry) -> bool:

@@ -1,7 +1,8 @@
 """Who is at work on a run, written at the storage: a second command elsewhere must not write into the same run.
 
-Object storage has no locks that every kind of it knows, so this is a lease: an object that its holder renews. Two that
-take it in the same second may both go on for a few seconds, until one reads that it has lost it.
+Object storage has no locks that every kind of it knows, so this is a lease: an object that its holder renews, in a
+thread of its own, for a transfer may take longer than a lease lives. Two that take it in the same second may both go on
+for a few seconds, until one reads that it has lost it.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 import json
 import os
 import socket
+import threading
 import time
 import uuid
+from contextlib import suppress
 from typing import Any
 
-from arae.errors import InputError
+from arae.errors import AraeError, InputError
 from arae.storage.remote import Remote
 
 NAME = ".lease.json"
@@ -26,12 +29,15 @@ _ours: set[str] = set()
 
 
 class Lease:
-    """The right to write into the run at `remote`."""
+    """The right to write into the run at `remote`, kept from `take` to `release`."""
 
     def __init__(self, remote: Remote) -> None:
         self.remote = remote
         self.id = uuid.uuid4().hex
         self._renewed = 0.0
+        self._lost = False
+        self._turn = threading.Lock()
+        self._given_back = threading.Event()
 
     def take(self) -> None:
         """InputError where another command holds it; one that died is waited for, at most half a minute."""
@@ -43,22 +49,29 @@ class Lease:
             )
         _ours.add(self.id)
         self._write()
+        threading.Thread(target=self._keep, name="lease", daemon=True).start()
 
     def renew(self) -> bool:
-        """Say that we are still here, every few seconds; False where another has taken it."""
-        if time.monotonic() - self._renewed < RENEWED_S:
-            return True
-        found = self._read()
-        if found is not None and found.get("id") != self.id:
-            return False
-        self._write()
-        return True
+        """Whether it is still ours; asked of the storage where it has not been for a while, as after an outage."""
+        with self._turn:
+            if not self._lost and not self._given_back.is_set() and time.monotonic() - self._renewed > RENEWED_S:
+                self._lost = (found := self._read()) is not None and found.get("id") != self.id
+                if not self._lost:
+                    self._write()
+            return not self._lost
 
     def release(self) -> None:
         """Give it back, if it is still ours."""
         _ours.discard(self.id)
-        if (found := self._read()) is not None and found.get("id") == self.id:
-            self.remote.delete(NAME)
+        self._given_back.set()
+        with self._turn:  # what the thread is writing comes before the look
+            if (found := self._read()) is not None and found.get("id") == self.id:
+                self.remote.delete(NAME)
+
+    def _keep(self) -> None:
+        while not self._lost and not self._given_back.wait(RENEWED_S / 4):
+            with suppress(AraeError, OSError):  # away: tried again, and whoever writes asks before it does
+                self.renew()
 
     def _alive(self, found: dict[str, Any]) -> bool:
         if found.get("host") == socket.gethostname():

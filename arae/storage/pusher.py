@@ -17,6 +17,8 @@ Note = Callable[[str], None]
 
 EVERY_S = 3.0
 LONGEST_PAUSE_S = 30.0
+LOOK_S = 0.2
+SLACK_S = 5.0  # for a request under way
 
 
 class Holder(Protocol):
@@ -42,16 +44,20 @@ class Pusher:
         self._turn = threading.Lock()
         self._closing = threading.Event()
         self._sent = threading.Event()
-        self._whole_until = 0.0
+        self._patience = 0.0
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._run, name="storage", daemon=True)
         self._thread.start()
 
     def finish(self, seconds: float) -> None:
-        """Send the rest; Stopped where the storage has not taken all of it in that time, or is another's now."""
-        self._whole_until = time.monotonic() + seconds
+        """Send the rest, however long that takes; `seconds`: how long the storage may take nothing of it.
+
+        Raises Stopped where it took nothing for so long, or is another's now.
+        """
+        self._patience, self.copy.moved = seconds, time.monotonic()
         self._closing.set()
-        self._thread.join(seconds + 5)
+        while self._thread.is_alive() and time.monotonic() < self.copy.moved + seconds + SLACK_S:
+            self._thread.join(LOOK_S)
         if self._lost:
             raise Stopped(
                 f"{self.copy.remote.shown}: another command has taken this run over; what this one did since lies in "
@@ -60,9 +66,16 @@ class Pusher:
         if not self._sent.is_set():
             raise Stopped(
                 f"{self.copy.remote.shown}: the storage did not take the end of this run "
-                f"({self._trouble or 'no answer'}); it lies whole in {self.copy.path} on {socket.gethostname()}: run "
-                "the same command there once the storage is back"
+                f"({self._trouble or 'no answer'}){self._there()}; the end lies in {self.copy.path} on "
+                f"{socket.gethostname()} alone: run the same command there once the storage is back"
             )
+
+    def _there(self) -> str:
+        """What the storage has of the states, where they are ours to send."""
+        if "work" not in self.roles:
+            return ""
+        newest = self.copy.newest_state()
+        return f"; the newest state there is {newest}" if newest else "; there is no state there"
 
     def lend(self, *, lent: bool) -> None:
         """Leave the work files to another process, and follow what it makes of them; or take them back."""
@@ -79,12 +92,16 @@ class Pusher:
         pause = EVERY_S
         while not self._closing.wait(pause):
             pause = self._tried(pause)
+        stuck = None  # since when tries have failed without a file that was taken whole
         while not self._lost:
+            sent = self.copy.sent
             self._tried(LONGEST_PAUSE_S, whole=True)
             if self._trouble is None:
                 self._sent.set()
                 return
-            if time.monotonic() >= self._whole_until:
+            if stuck is None or self.copy.sent != sent:
+                stuck = time.monotonic()
+            if time.monotonic() >= stuck + self._patience:
                 return
             time.sleep(1)
 

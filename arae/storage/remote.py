@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Iterator
@@ -15,7 +16,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from arae.errors import AraeError, InputError
 from arae.files import HashingFile, write_with
 
-PIECE = 8 << 20  # bytes that are held of a file on its way
+PIECE = 8 << 20  # bytes that are read of a file at once
+AHEAD = 4  # pieces on their way at once; Arrow's client would take a whole file into memory
 WHOLE = {"s3", "gs", "gcs", "abfs", "abfss"}  # schemes whose objects appear once they are complete
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # a Path has made one slash of two
 _SECRET = re.compile("key|secret|token|password", re.IGNORECASE)
@@ -180,9 +182,13 @@ class Remote:
             target, left = self._begun(name), size - len(first)
             with self._opened[0].open_output_stream(target) as stream:
                 stream.write(first)
-                while left and (piece := file.read(min(left, PIECE))):
+                for count in itertools.count(2):
+                    if not left or not (piece := file.read(min(left, PIECE))):
+                        break
                     stream.write(piece)
                     left -= len(piece)
+                    if count % AHEAD == 0:
+                        stream.flush()
             self._done(target, name)
         written = self.entry(name)
         if written is None or written.bytes != size - left or left:

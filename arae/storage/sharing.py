@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Result = TypeVar("Result")
 
-SHORT_S = 15.0  # for the last push of a command that ends badly anyhow
+SHORT_S = 15.0  # without progress, for the last push of a command that ends badly anyhow
 
 
 class Shared:
@@ -77,7 +77,7 @@ def shared(folder: RunFolder, note: Note) -> Iterator[Shared]:
     copy, lease = Copy(folder.path, remote), Lease(remote)
     patiently(lease.take)
     with AT_WORK.held(folder.path):
-        try:
+        try:  # from here on, the lease renews itself: what follows may take long
             for role in ROLES:
                 patiently(lambda role=role: copy.pull(role, no_states))
                 patiently(lambda role=role: copy.claim(role))
@@ -121,9 +121,18 @@ def mirrored(folder: RunFolder, *, writer: bool) -> Iterator[None]:
 
 @contextmanager
 def finished(pusher: Pusher) -> Iterator[None]:
-    """Send the rest at the end. What ended the block badly is not hidden by a storage that is away as well."""
+    """Send the rest at the end. What ended the block badly is not hidden by a storage that is away as well.
+
+    A block that was stopped may say that a state is kept: where the storage has it not, the line says that, too.
+    """
     try:
         yield
+    except Stopped as error:
+        try:
+            pusher.finish(patience())
+        except Stopped as stopped:
+            raise type(error)(f"{error}; but {stopped}") from None
+        raise
     except BaseException:
         try:
             pusher.finish(min(SHORT_S, patience()))

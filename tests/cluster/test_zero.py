@@ -1,10 +1,10 @@
 """DeepSpeed's engine on several workers: the training of one that has plain PyTorch, and states that go on anywhere.
 
 With one micro-batch a worker, two workers add the same two gradients that one process does: every stage of ZeRO must
-then agree with plain PyTorch bit for bit, however long. With more, float32 sums are rounded in another order (ZeRO's
-stages 2 and 3 add up over the workers before they add up over micro-batches), and training makes the difference grow:
-by as much as where one plain process takes its micro-batches in reverse, which for the encoder here (batch norm, an
-attack) is anything, and for the GAN 2e-5 in 20 steps, if Adam's update is more than the newest gradient's sign.
+then agree with plain PyTorch bit for bit, however long. With more, sums are rounded in another order. Stages 0 and 1 add
+up as DistributedDataParallel does, and agree with that bit for bit; 2 and 3 add up over the workers before they add up
+over micro-batches. The difference grows as it does where one plain process takes its micro-batches in reverse: 2e-5 in a
+few steps of the GAN, anything in twenty of the encoder, whose attack and batch norm amplify the last bit.
 """
 
 from pathlib import Path
@@ -24,6 +24,7 @@ from arae.train.engine import Engine
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 HALF, MOVED, STEPS = 10, 19, 20
+FEW = 4  # where rounding differs
 NETWORK: dict[str, dict[str, object]] = {
     "encoder": {"encoder__name": "resnet18-cifar", "encoder__lr": 0.01},
     "gan": {},
@@ -37,7 +38,9 @@ ENGINES = {
     "stage 3, offloaded": zero(3, offload=True),
 }
 SMOOTH: dict[str, object] = {"decoder__betas": [0.9, 0.999]}
-BOUND = 3e-4
+BATCHES = {"four": 32, "three": 24}
+"""Images of a batch that is that many micro-batches."""
+BOUND = 1e-3
 """Of a tensor's largest entry, for what differs by rounding."""
 
 
@@ -74,14 +77,11 @@ def two_workers(rank: int, folder: Path) -> None:
             trainer = make(engine(choice), **NETWORK[kind], **ONE_EACH[kind])
             losses = trained(trainer, 0, STEPS)
             keep(folder / f"{kind} {name}", (losses, trainer.state()))
-    for stage in (0, 1, 2, 3):
-        trainer = gan_trainer(engine(zero(stage)), **SMOOTH)
-        trained(trainer, 0, STEPS)
-        keep(folder / f"four {stage}", trainer.state())
-    for stage in (0, 1):  # three micro-batches for two workers
-        trainer = gan_trainer(engine(zero(stage)), **SMOOTH, decoder__batch=24)
-        trained(trainer, 0, STEPS)
-        keep(folder / f"three {stage}", trainer.state())
+    for name, batch in BATCHES.items():
+        for stage in (None, 0, 1, 2, 3) if name == "four" else (None, 0, 1):
+            trainer = gan_trainer(engine(None if stage is None else zero(stage)), **SMOOTH, decoder__batch=batch)
+            trained(trainer, 0, FEW)
+            keep(folder / f"{name} {stage}", trainer.state())
     _moves(folder)
     _alone(folder)
 
@@ -117,7 +117,7 @@ def _alone(folder: Path) -> None:
 def four_workers(rank: int, folder: Path) -> None:
     alike()
     trainer = gan_trainer(engine(zero(2)), **SMOOTH)
-    trained(trainer, 0, HALF)
+    trained(trainer, 0, FEW)
     keep(folder / "four workers", trainer.state())
 
 
@@ -138,9 +138,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.save(copied(trainer.state()), made / f"{kind} moved")
         losses += trained(trainer, MOVED, STEPS)
         torch.save((losses, trainer.state()), made / f"{kind} plain")
-    for name, batch in (("four", 32), ("three", 24)):
-        trained(trainer := gan_trainer(engine(), **SMOOTH, decoder__batch=batch), 0, STEPS)
-        torch.save(trainer.state(), made / f"{name} plain")
+    trained(trainer := gan_trainer(engine(), **SMOOTH), 0, FEW)
+    torch.save(copied(trainer.state()), made / "four plain")
+    trained(trainer, FEW, 2 * FEW)
+    torch.save(trainer.state(), made / "four plain later")
     patch.undo()
     spawn(2, made, two_workers, made)
     spawn(4, made, four_workers, made)
@@ -157,10 +158,17 @@ def test_two_workers_train_as_plain_pytorch_bit_for_bit(folder: Path, kind: str,
     assert differences(state, plain) == []
 
 
-@pytest.mark.parametrize("batch", ["four 0", "four 1", "four 2", "four 3", "three 0", "three 1"])
-def test_more_micro_batches_than_workers_agree_to_rounding(folder: Path, batch: str) -> None:
-    plain = read(folder / f"{batch.split()[0]} plain")
-    assert differences(generators(read(folder / batch)), generators(plain), BOUND) == []
+@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("stage", [0, 1])
+def test_stages_that_add_up_as_ddp_does_agree_with_it_bit_for_bit(folder: Path, name: str, stage: int) -> None:
+    """Also where three micro-batches are shared out among two workers."""
+    assert differences(read(folder / f"{name} {stage}"), read(folder / f"{name} None")) == []
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_micro_batches_a_worker_agree_to_rounding(folder: Path, stage: int) -> None:
+    plain = read(folder / "four plain")
+    assert differences(generators(read(folder / f"four {stage}")), generators(plain), BOUND) == []
 
 
 def test_a_state_moves_between_engines_and_numbers_of_workers(folder: Path) -> None:
@@ -174,8 +182,8 @@ def test_a_state_of_stage_2_on_four_workers_goes_on_in_one_plain_process(
     monkeypatch.setattr(Engine, "place", lambda self, module: module)
     trainer = gan_trainer(engine(), **SMOOTH)
     trainer.restore(read(folder / "four workers"))
-    trained(trainer, HALF, STEPS)
-    assert differences(generators(trainer.state()), generators(read(folder / "four plain")), BOUND) == []
+    trained(trainer, FEW, 2 * FEW)
+    assert differences(generators(trainer.state()), generators(read(folder / "four plain later")), BOUND) == []
 
 
 def test_one_worker_may_run_a_whole_network_of_stage_3(folder: Path) -> None:

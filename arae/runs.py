@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from arae.config import Recipe, dump_recipe
 from arae.errors import InputError
@@ -14,6 +16,8 @@ from arae.files import write_text
 from arae.storage.place import runs_root
 
 __all__ = ["RunFolder", "runs_root"]
+
+LOOKED_AT_S = 1.0  # `arae status` holds a lock for an instant, to see whether there is one
 
 
 @dataclass(frozen=True)
@@ -77,10 +81,18 @@ class RunFolder:
         """Hold the folder against a second command; InputError where another holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise InputError(
-                    f"{self.path}: another command is at work on this run; wait for it or stop it"
-                ) from None
+            until = time.monotonic() + LOOKED_AT_S
+            while not _is_taken(file):
+                if time.monotonic() > until:
+                    raise InputError(f"{self.path}: another command is at work on this run; wait for it or stop it")
+                time.sleep(0.02)
             yield
+
+
+def _is_taken(file: IO[str]) -> bool:
+    """Lock the file, and tell whether that worked."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True

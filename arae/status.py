@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from arae.config import Recipe, load_recipe
-from arae.errors import InputError
+from arae.errors import AraeError, InputError
 from arae.events import read_events
 from arae.models.autoencoder import read_config
 from arae.pace import Worker
@@ -217,7 +217,7 @@ def _is_leased(folder: RunFolder, now: float) -> bool:
     remote = remote_of(folder.path)
     if remote is None:
         return False
-    with suppress(ValueError, TypeError, KeyError):
+    with suppress(AraeError, ValueError, TypeError, KeyError):  # as told above, it never raises
         return now - float(json.loads(remote.read(LEASE) or b"{}")["time"]) < LEASED_S
     return False
 

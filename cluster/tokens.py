@@ -55,4 +55,5 @@ def _token_file(path: Path, say: Say) -> str:
             say(f"arae: {path} can be read by other users of this machine; chmod 600 {path}")
         return path.read_text().strip()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the token can't be read ({getattr(error, "strerror", None) or type(error).__name__})") from None
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(f"{path}: the token can't be read ({reason})") from None

@@ -17,7 +17,8 @@ from arae.config import Data
 from arae.data import beton, cache, ffcv_io, memory, staging
 from arae.data.encode import EncodeOptions, encode
 from arae.data.load import describe, fingerprint
-from arae.errors import InputError
+from arae.errors import InputError, Stopped
+from arae.storage import Away, Remote
 
 needs_ffcv = pytest.mark.skipif(importlib.util.find_spec("ffcv") is None, reason="FFCV is not installed")
 
@@ -131,7 +132,7 @@ def test_storage_that_is_away_at_the_start(shelf: Path, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(Remote, "entry", failing)
     monkeypatch.setenv("ARAE_STORAGE_WAIT", "0.1")
-    with pytest.raises(Stopped, match="no answer .timeout.; run the same command again"):
+    with pytest.raises(Stopped, match=r"no answer .timeout.; run the same command again"):
         staged(named, said)
     monkeypatch.setenv("ARAE_STORAGE_WAIT", "60")
     away = 2  # for a moment

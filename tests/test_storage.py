@@ -346,9 +346,7 @@ def test_a_long_end_is_sent_while_it_gets_on(tmp_path: Path, there: Path, monkey
     assert files(there / "run") == files(copy.path)
 
 
-def test_a_stop_tells_what_the_storage_really_has(
-    tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stop_tells_what_the_storage_really_has(tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copy_of(there, tmp_path / "a", Slow)
     pusher = pusher_of(copy, monkeypatch)
     for there_is in ("there is no state there", "the newest state there is state/encoder-00000010.pt"):

@@ -125,6 +125,9 @@ class Staging:
                 if not self._is_good():
                     with self._room_told():
                         self._make()
+                known = {"shown": self.origin.shown, "bytes": self.origin.bytes, "sha256": self.sha256}
+                with suppress(OSError):  # only for a time when the storage is away
+                    write_text(self.folder / ORIGIN, json.dumps(known))
             os.utime(self.folder / ".used")
         except BaseException:
             os.close(using)
@@ -169,8 +172,6 @@ class Staging:
             )
         if self.manifest is not None:
             beton.manifest_path(self.path).write_bytes(self.origin.manifest_bytes())
-        known = {"shown": self.origin.shown, "bytes": self.origin.bytes, "sha256": self.sha256}
-        write_text(self.folder / ORIGIN, json.dumps(known))
         self.part.replace(self.path)
         (self.folder / ".checked").write_text(_time_of(self.path))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import os
 import sys
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, TypeVar
 
-from arae.errors import AraeError, InputError, Stopped
+from arae.errors import AraeError, DiskFull, InputError, Stopped
 from arae.storage.contents import ROLES, everything, no_states
 from arae.storage.copy import Copy
 from arae.storage.fetching import AT_WORK
@@ -57,11 +58,12 @@ class Shared:
         pusher.lend(lent=True)
         try:
             yield
-        finally:
-            pusher.following = False
-        patiently(lambda: copy.pull("work", no_states))
-        patiently(lambda: copy.claim("work"))
-        pusher.lend(lent=False)
+        except BaseException as error:
+            # The word that the run ended, and why, is yet to be written and sent. It must not hide what ended it.
+            with suppress(AraeError, OSError):
+                _take_back(copy, pusher, _patience_after(error))
+            raise
+        _take_back(copy, pusher, patience())
 
 
 @contextmanager
@@ -96,7 +98,8 @@ def mirrored(folder: RunFolder, *, writer: bool) -> Iterator[None]:
     Every worker of the group enters it; the others wait until rank 0 has brought what counts, so that all of them go on
     from one state. Does nothing for a run folder on a path. The lease is the command's own (`shared`).
 
-    Raises Stopped where the storage does not answer, InputError where it refuses.
+    Raises Stopped where the storage does not answer or this machine's disk can't take the copy (DiskFull), InputError
+    where the storage refuses.
     """
     remote = remote_of(folder.path)
     if remote is None:
@@ -106,11 +109,13 @@ def mirrored(folder: RunFolder, *, writer: bool) -> Iterator[None]:
     with AT_WORK.held(folder.path):
         if not writer:
             _agree(None)
-            patiently(lambda: _bring(copy))
+            with _disk_told(copy):
+                patiently(lambda: _bring(copy))
             yield
             return
         try:
-            holder = _begin_writing(copy)
+            with _disk_told(copy):
+                holder = _begin_writing(copy)
         except AraeError as error:
             _agree(error)
             raise
@@ -127,24 +132,20 @@ def finished(pusher: Pusher) -> Iterator[None]:
     """
     try:
         yield
-    except Stopped as error:
+    except BaseException as error:
         try:
-            pusher.finish(patience())
+            pusher.finish(_patience_after(error))
         except Stopped as stopped:
-            raise type(error)(f"{error}; but {stopped}") from None
-        raise
-    except BaseException:
-        try:
-            pusher.finish(min(SHORT_S, patience()))
-        except Stopped as stopped:
+            if isinstance(error, Stopped):
+                raise type(error)(f"{error}; but {stopped}") from None
             pusher.note(str(stopped))
         raise
     pusher.finish(patience())
 
 
-def patiently(action: Callable[[], Result]) -> Result:
-    """Do what needs the storage, again and again while it does not answer; Stopped after `patience()` seconds."""
-    until, pause = time.monotonic() + patience(), 0.5
+def patiently(action: Callable[[], Result], seconds: float | None = None) -> Result:
+    """Do what needs the storage, again and again while it does not answer; Stopped after `seconds`, or `patience()`."""
+    until, pause = time.monotonic() + (patience() if seconds is None else seconds), 0.5
     while True:
         try:
             return action()
@@ -164,6 +165,35 @@ def need_tracking_server() -> None:
             "ARAE_RUNS is a URL, and MLflow's own store can't lie there: set MLFLOW_TRACKING_URI to a server "
             "(http://host:5000) or to a local file (sqlite:////path/mlflow.db)"
         )
+
+
+def _patience_after(error: BaseException) -> float:
+    """Seconds for the storage at the end of a block that ended so: what was stopped is to go on from what is there."""
+    return patience() if isinstance(error, Stopped) else min(SHORT_S, patience())
+
+
+def _take_back(copy: Copy, pusher: Pusher, seconds: float) -> None:
+    """Bring what the workers made of the work files, and write them again ourselves, unless the run is another's."""
+    pusher.following = False
+    if patiently(pusher.holder.renew, seconds):
+        patiently(lambda: copy.pull("work", no_states), seconds)
+        patiently(lambda: copy.claim("work"), seconds)
+        pusher.lend(lent=False)
+
+
+@contextmanager
+def _disk_told(copy: Copy) -> Iterator[None]:
+    """A disk that can't take the working copy is an end with one line; what lies at the storage is not touched by it."""
+    try:
+        yield
+    except AraeError:
+        raise
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise (DiskFull if full else Stopped)(
+            f"{copy.path}: the working copy of {copy.remote.shown} can't be written ({error.strerror or error}); make "
+            "room, or set ARAE_SCRATCH to a folder on another disk, and run the same command again"
+        ) from None
 
 
 def _begin_writing(copy: Copy) -> Holder:

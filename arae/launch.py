@@ -117,15 +117,16 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) 
     Raises what `arae.train.run.train` raises, wherever it was raised; with workers also what `cluster.launch` adds.
     """
     parts = [(what, part) for what, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)) if part]
-    for what, part in parts:  # said here, before a cluster is started for it
-        check_share(part.batch // part.micro, where.workers or 1, what)
+    least, shares = where.workers or 1, min(part.batch // part.micro for _, part in parts)
+    if where.most is not None and least <= shares:  # more than there is work for would be refused by the training
+        where = replace(where, most=min(where.most, shares))
+    for what, part in parts:  # said here, before a cluster is started for it; of a group that changes, of every size
+        for workers in range(least, (where.most or least) + 1):
+            check_share(part.batch // part.micro, workers, what, recipe.engine)
     with stop_requested() as stop:
         if where.workers is None:
             train(recipe, folder, where.torch_device(), listener, stop)
         else:
-            if where.most is not None:  # more than there is work for would only be refused by the training
-                shares = min(part.batch // part.micro for _, part in parts)
-                where = replace(where, most=min(where.most, shares))
             checkout_module("cluster.launch").launch(recipe, folder, where, listener, stop)
         if stop():  # it came too late for the training to hear, but not for what comes next
             raise Stopped(f"{folder.path}: trained, then stopped; the same command goes on from there")

@@ -54,13 +54,12 @@ def work(recipe: Recipe, folder: RunFolder, seat: Seat) -> None:
     from arae.train.run import train
 
     lead = seat.member.rank == 0
-    with mirrored(folder, writer=lead):
+    with storage_told(folder), mirrored(folder, writer=lead):
         log = Log(folder, seat.tell, active=lead)
         if seat.greeting.restart is not None:
             states = list_states(folder.state)
             step = states[-1].step if states else 0
-            with storage_told(folder):
-                log.emit("restart", **seat.greeting.restart, world_size=seat.member.size, step=step)
+            log.emit("restart", **seat.greeting.restart, world_size=seat.member.size, step=step)
         train(recipe, folder, ray.train.torch.get_device(), seat.tell if lead else None, seat.stop)
 
 

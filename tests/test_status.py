@@ -1,5 +1,6 @@
 """`arae status` and `arae runs`: how runs stand, from their folders alone."""
 
+import fcntl
 import json
 import os
 import subprocess
@@ -12,11 +13,13 @@ import pytest
 import torch
 from training import tiny_recipe
 
+from arae import runs
 from arae.config import Recipe
 from arae.errors import InputError, Stopped
 from arae.events import ending, read_events
 from arae.runs import RunFolder, runs_root
 from arae.status import Standing, all_runs, as_document, find_run, status_of
+from arae.storage import Away, Remote
 from arae.train.run import train
 from arae.watching import ago, lines, table
 
@@ -95,6 +98,45 @@ def test_a_run_stands_as_lock_log_and_weights_say(
     assert said is None or said in "\n".join(lines(found, NOW))
     with folder.lock():  # asking has left no lock behind
         pass
+
+
+def test_a_run_at_a_url_runs_where_another_machine_holds_its_lease(
+    tiny_npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ARAE_RUNS", f"local://{tmp_path}/storage")
+    monkeypatch.setenv("ARAE_SCRATCH", str(tmp_path / "scratch"))
+    folder = make_run(tiny_recipe(tiny_npz), interval(5, 40))
+    lease = tmp_path / "storage" / folder.path.relative_to(runs_root()) / ".lease.json"
+    lease.parent.mkdir(parents=True)
+    held = {"id": "other", "host": "elsewhere", "pid": 1}
+    cases = [(3, "running"), (100, "running"), (130, "killed")]
+    for age, standing in cases:
+        lease.write_text(json.dumps(held | {"time": NOW - age}))
+        assert status_of(folder, now=NOW).standing == standing
+    for broken in ("[]", "{", '{"time": "x"}'):
+        lease.write_text(broken)
+        assert status_of(folder, now=NOW).standing == "killed"
+
+    def away(self: Remote, name: str = "") -> bytes:
+        raise Away(f"{self.shown}: no answer")
+
+    monkeypatch.setattr(Remote, "read", away)
+    assert status_of(folder, now=NOW).standing == "killed"
+
+
+def test_a_look_at_a_run_refuses_no_command_that_begins(tiny_npz: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tiny_recipe(tiny_npz))
+    slept: list[float] = []
+    with (folder.path / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # as it is held while a status is asked for
+
+        def sleep(seconds: float) -> None:
+            slept.append(seconds)
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+        monkeypatch.setattr(runs.time, "sleep", sleep)
+        with folder.lock():
+            assert len(slept) == 1
 
 
 def test_a_run_without_a_decoder_is_finished_with_its_encoder(tiny_npz: Path) -> None:

@@ -1,5 +1,6 @@
 """Run folders at a URL: here one of a folder, opened by fsspec; `tests/cluster/test_s3.py` has a real server."""
 
+import errno
 import hashlib
 import json
 import os
@@ -11,8 +12,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from groups import spawn
 
 from arae.errors import DiskFull, InputError, Stopped
+from arae.events import ending
 from arae.runs import RunFolder, runs_root
 from arae.storage import (
     Away,
@@ -421,6 +424,66 @@ def test_a_command_a_worker_elsewhere_and_a_reader(
     assert fetched("nothing") == Path("nothing")
     monkeypatch.setenv("ARAE_RUNS", str(tmp_path / "local"))
     assert fetched(f"local://{at_url}/tiny") == working_root(f"local://{at_url}") / "tiny"  # a root of another's
+
+
+@pytest.mark.parametrize("error", [Stopped("told to stop"), ValueError("unforeseen")])
+def test_why_a_group_ended_reaches_the_storage(
+    at_url: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    folder = RunFolder(runs_root() / "tiny")
+
+    def train() -> None:
+        with shared(folder, lambda text: None) as place, ending(folder.log), place.lent():
+            monkeypatch.setenv("ARAE_SCRATCH", str(tmp_path / "node"))
+            worker = RunFolder(runs_root() / "tiny")
+            with mirrored(worker, writer=True):
+                write(worker.log, '{"event": "interval"}\n')
+                save(worker.path, 10)
+            monkeypatch.setenv("ARAE_SCRATCH", str(tmp_path / "scratch"))
+            raise error
+
+    with pytest.raises(type(error), match=f"^{error}$"):
+        train()
+    events = [json.loads(line) for line in (at_url / "tiny" / "log.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["interval", "end"]
+    assert events[-1]["reason"] == str(error)
+    assert is_whole(at_url / "tiny")
+    assert (at_url / "tiny" / "state" / "encoder-00000010.pt").is_file()
+
+
+def begin(rank: int, folder: str) -> None:
+    """One worker of a group, whose rank 0 has a disk that can't take the working copy."""
+    root = Path(folder)
+    os.environ.update(ARAE_RUNS=f"local://{root}/storage", ARAE_SCRATCH=f"{root}/scratch-{rank}")
+    run = RunFolder(runs_root() / "tiny")
+    if rank == 0:
+        write(run.path / ".mirror", "no folder")  # any OSError
+    try:
+        mirrored(run, writer=rank == 0).__enter__()
+    except Stopped as error:
+        write(root / f"said-{rank}", str(error))
+
+
+def test_a_disk_that_can_not_take_the_copy_ends_the_whole_group(tmp_path: Path, there: Path) -> None:
+    write(there / "tiny" / "recipe.yaml", "name: tiny")
+    spawn(2, tmp_path, begin, str(tmp_path))
+    said = {(tmp_path / f"said-{rank}").read_text() for rank in range(2)}
+    assert len(said) == 1
+    assert re.search("scratch-0.*set ARAE_SCRATCH to a folder on another disk", said.pop())
+
+
+@pytest.mark.parametrize(("code", "kind"), [(errno.ENOSPC, DiskFull), (errno.EIO, Stopped)])
+def test_a_full_disk_is_told_apart(
+    at_url: Path, monkeypatch: pytest.MonkeyPatch, code: int, kind: type[Stopped]
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr("arae.storage.copy.write_text", fails)
+    for writer in (True, False):
+        with pytest.raises(Stopped, match=os.strerror(code)) as error:
+            mirrored(RunFolder(runs_root() / "tiny"), writer=writer).__enter__()
+        assert type(error.value) is kind
 
 
 def test_storage_that_never_takes_the_end_of_a_run(at_url: Path) -> None:

@@ -25,13 +25,11 @@ from arae.data import beton
 from arae.data.origin import Origin
 from arae.errors import InputError
 from arae.files import write_text
-from arae.locks import held
+from arae.locks import SAID_S, held, turn
 from arae.storage import Away, is_url, patiently, scratch
 
 Note = Callable[[str], None]
 
-SAID_S = 10.0  # between two words on how far a copy is
-LOOK_S = 0.2
 ORIGIN = ".origin"  # in a copy's folder: what it is a copy of
 _ready: dict[str, tuple[Path, int]] = {}
 """What this process has staged: the copy, and the lock that keeps it, held until the process ends."""
@@ -121,7 +119,7 @@ class Staging:
         """The copy, made where it is not here or is damaged, and the lock that keeps others from removing it."""
         using = _in_use(self.folder)
         try:
-            with _turn(self.folder / ".lock", self._waiting):
+            with turn(self.folder / ".lock", self._waiting):
                 if not self._is_good():
                     with self._room_told():
                         self._make()
@@ -285,23 +283,3 @@ def _in_use(folder: Path) -> int:
                 if os.path.samestat(os.fstat(using), (folder / ".used").stat()):
                     return using
             os.close(using)
-
-
-@contextmanager
-def _turn(lock: Path, waiting: Callable[[], None]) -> Iterator[None]:
-    """One process at a time; the others say now and then that they wait."""
-    with lock.open("ab") as file:
-        said = time.monotonic() - SAID_S + 1
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() - said > SAID_S:
-                    said = time.monotonic()
-                    waiting()
-                time.sleep(LOOK_S)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)

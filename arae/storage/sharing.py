@@ -183,7 +183,7 @@ def _take_back(copy: Copy, pusher: Pusher, seconds: float) -> None:
 
 @contextmanager
 def _disk_told(copy: Copy) -> Iterator[None]:
-    """A disk that can't take the working copy is an end with one line; what lies at the storage is not touched by it."""
+    """A disk that can't take the working copy is an end with one line; what lies at the storage is as it was."""
     try:
         yield
     except AraeError:

@@ -103,8 +103,9 @@ class DecoderTrainer:
         self.learner.start(self.part.lr * scale)
         seen |= self._generator_step(step, micros, codes, once)
         self.buffers.end(self.engine, micros[0].of / self.engine.size)
-        with self.learner.whole():
-            self.average.update()
+        if self.part.ema:
+            with self.learner.whole():
+                self.average.update()
         return seen
 
     @torch.no_grad()

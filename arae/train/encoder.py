@@ -52,8 +52,9 @@ class EncoderTrainer:
         seen = [self._descend(step, micro, share, last=micro is micros[-1]) for micro in micros]
         self.learner.update()
         self.buffers.end(self.engine, share)
-        with self.learner.whole():
-            self.average.update()
+        if self.part.ema:
+            with self.learner.whole():
+                self.average.update()
         return {key: torch.stack([one[key] for one in seen]).sum() / share for key in seen[0]}
 
     def _descend(self, step: int, micro: Micro, share: float, *, last: bool) -> dict[str, Tensor]:

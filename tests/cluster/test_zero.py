@@ -1,10 +1,10 @@
 """DeepSpeed's engine on several workers: the training of one that has plain PyTorch, and states that go on anywhere.
 
 With one micro-batch a worker, two workers add the same two gradients that one process does: every stage of ZeRO must
-then agree with plain PyTorch bit for bit, however long. With more, sums are rounded in another order. Stages 0 and 1 add
-up as DistributedDataParallel does, and agree with that bit for bit; 2 and 3 add up over the workers before they add up
-over micro-batches. The difference grows as it does where one plain process takes its micro-batches in reverse: 2e-5 in a
-few steps of the GAN, anything in twenty of the encoder, whose attack and batch norm amplify the last bit.
+then agree with plain PyTorch bit for bit, however long. With more, sums are rounded in another order. Stages 0 and 1
+add up as DistributedDataParallel does, and agree with that bit for bit; 2 and 3 add up over the workers before they add
+up over micro-batches. The difference grows as it does where one plain process takes its micro-batches in reverse: 2e-5
+in a few steps of the GAN, anything in twenty of the encoder, whose attack and batch norm amplify the last bit.
 """
 
 from pathlib import Path

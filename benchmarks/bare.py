@@ -1,7 +1,8 @@
 """The bare loop that `overhead` compares with: trainer and loader, nothing around them.
 
-`python -m benchmarks.bare RECIPE FOLDER` makes the encoder's steps, and writes the time of each interval's last one to
-`FOLDER/log.jsonl` in the form of a run's log, so that both are read alike.
+`python -m benchmarks.bare RECIPE FOLDER WORKERS` makes the encoder's steps in as many processes, by plain
+`torch.distributed` over gloo, and writes the time of each interval's last one to `FOLDER/log.jsonl` in the form of a
+run's log, so that both are read alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.multiprocessing as mp
+from torch import distributed as dist
 
 from arae.config import load_recipe
 from arae.data.load import open_source
@@ -23,12 +26,14 @@ from arae.train.loop import micro_batches
 from arae.train.stage import Fit
 
 
-def bare(recipe_path: str, folder: RunFolder) -> None:
-    """Make every step of the encoder's stage on the CPU, in this process alone."""
+def bare(rank: int, recipe_path: str, folder: RunFolder, workers: int) -> None:
+    """Make every step of the encoder's stage on the CPU, as one process of the group."""
+    store = dist.FileStore(str(folder.path / "store"), workers)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
     recipe = load_recipe(recipe_path)
     part, device = recipe.encoder, torch.device("cpu")
     source = open_source(recipe.data, "train", device, seed=recipe.seed)
-    engine, log = Engine(device, recipe.precision), Log(folder, None, active=True)
+    engine, log = Engine(device, recipe.precision), Log(folder, None, active=rank == 0)
     torch.manual_seed(mix(recipe.seed, "initial encoder"))
     channels, height, _ = source.shape
     model = create_encoder(part.name, len(source.classes), channels, height, width=part.width)
@@ -36,12 +41,14 @@ def bare(recipe_path: str, folder: RunFolder) -> None:
     trainer = EncoderTrainer(recipe, model, engine, total)
     run = Fit(recipe, part, recipe.data, folder, source, engine, log, total, "", lambda step: {}, lambda: False)
     batches = micro_batches("encoder", run, 0)
-    own = part.batch // part.micro
+    own = len(engine.share(part.batch // part.micro, "encoder"))
     for step in range(total):
         values = trainer.step(step, [next(batches) for _ in range(own)])
         if (step + 1) % run.interval == 0 or step + 1 == total:
             log.emit("interval", step=step + 1, metrics={key: value.item() for key, value in values.items()})
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    bare(sys.argv[1], RunFolder(Path(sys.argv[2])))
+    number = int(sys.argv[3])
+    mp.spawn(bare, args=(sys.argv[1], RunFolder(Path(sys.argv[2])), number), nprocs=number)  # type: ignore[attr-defined]

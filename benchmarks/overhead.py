@@ -1,14 +1,17 @@
 """What running a training properly costs: Ray Train, saved states and MLflow over the bare loop, on the same work.
 
 Measured: CPU seconds of all processes while the same steps are made in two ways, which take turns:
-- `bare`: arae's trainer over the loader's micro-batches in a loop, in one process: no Ray, no states, no MLflow.
-- `full`: `arae train --workers 1` with a state a minute, and MLflow's server on this machine, reached over HTTP.
-  Counted are the worker, the command itself, Ray's own processes, and the server.
-Encoder steps of resnet18-cifar (11 million parameters, a state of 89 MB), batch 8, PGD-2 in l2, fp32, one torch thread:
-more than 200 ms a step, which is checked. The images are noise; there are so many that no epoch ends. Counted are the
-steps from WARM on, between the moments at which they were made. What comes before (starting Ray, loading) is told
-apart, as start-up, and what comes after (the last validation, the export) not at all. n = 3 rounds, bare and full in
-turn; about ten minutes in all.
+- `bare`: arae's trainer over the loader's micro-batches in a loop, in two processes joined by plain `torch.distributed`
+  over gloo: no Ray, no states, no MLflow.
+- `full`: `arae train --workers 2` with a state a minute, and MLflow's server on this machine, reached over HTTP.
+  Counted are the workers, the command itself, Ray's own processes, and the server.
+Encoder steps of resnet18-cifar (11 million parameters, a state of 89 MB), batch 16 in micro-batches of 8, PGD-2 in l2,
+fp32, one torch thread a worker: more than 200 ms a step, which is checked. Two workers, for Ray's and MLflow's own
+processes take about the same whatever is trained beside them, and a machine is there to be used: on more cores their
+share is smaller, on one it is larger. The images are noise; there are so many that no epoch ends. Counted are the steps
+from WARM on, between the moments at which they were made. What comes before (starting Ray, loading) is told apart, as
+start-up, and what comes after (the last validation, the export) not at all. n = 3 rounds, bare and full in turn; some
+fifteen minutes in all.
 
 `python -m benchmarks overhead` runs it; nothing else should run on the machine meanwhile.
 """
@@ -43,11 +46,11 @@ from benchmarks.harness import Comparison, Result, machine
 from benchmarks.processes import Watch
 
 ROUNDS = 3
-STEPS, WARM = 220, 10
+STEPS, WARM = 200, 10
 SAMPLE_S = 0.5
 LEAST_STEP_S = 0.2
 SERVER_S = 90.0
-PARTS = ("worker", "command", "Ray", "MLflow server")
+PARTS = ("workers", "command", "Ray", "MLflow server")
 SHAPE, CLASSES = (32, 32, 3), 10
 
 
@@ -58,7 +61,9 @@ class Size:
     rounds: int = ROUNDS
     steps: int = STEPS
     warm: int = WARM
+    workers: int = 2
     batch: int = 8
+    """Of a worker."""
     width: float = 1.0
     least_step_s: float = LEAST_STEP_S
 
@@ -100,18 +105,19 @@ def overhead(device: torch.device, size: Size | None = None) -> Result:
 
 def work(folder: Path, size: Size) -> Recipe:
     """The recipe, and the images it names."""
-    count, numbers = size.batch * (size.steps + 1), np.random.default_rng(0)
+    batch = size.batch * size.workers
+    count, numbers = batch * (size.steps + 1), np.random.default_rng(0)
     images = numbers.integers(0, 256, (count, *SHAPE), np.uint8)
     for split, rows in (("train", slice(None)), ("test", slice(0, CLASSES))):
         np.savez(folder / f"{split}.npz", images=images[rows], labels=np.arange(count)[rows] % CLASSES)
     attack = {"norm": "l2", "eps": 0.5, "steps": 2}
-    encoder = {"name": "resnet18-cifar", "width": size.width, "steps": size.steps, "batch": size.batch, "lr": 0.01}
+    encoder = {"name": "resnet18-cifar", "width": size.width, "steps": size.steps, "batch": batch, "lr": 0.01}
     return Recipe.model_validate(
         {
             "name": "overhead",
             "precision": "fp32",
             "data": {"train": str(folder / "train.npz"), "test": str(folder / "test.npz"), "augment": ["flip"]},
-            "encoder": encoder | {"attack": attack},
+            "encoder": encoder | {"attack": attack, "micro_batch": size.batch},
             "state": {"every": 10**9, "minutes": 1},
         }
     )
@@ -124,15 +130,15 @@ def run(way: str, recipe: Recipe, folder: Path, size: Size, uri: str, server: in
     path.write_text(dump_recipe(recipe))
     env = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "MLFLOW_", "ARAE_"))}
     env |= {"OMP_NUM_THREADS": "1", "ARAE_RUNS": str(folder), "MLFLOW_TRACKING_URI": uri}
-    command = [sys.executable, "-m", "arae", "train", str(path), "--workers", "1", "--device", "cpu"]
+    command = [sys.executable, "-m", "arae", "train", str(path), "--workers", str(size.workers), "--device", "cpu"]
     if way == "bare":
-        command = [sys.executable, "-m", "benchmarks.bare", str(path), str(folder)]
+        command = [sys.executable, "-m", "benchmarks.bare", str(path), str(folder), str(size.workers)]
     log = RunFolder.of(recipe, folder).log if way == "full" else folder / "log.jsonl"
     with (folder / "said").open("w") as said:
         process = subprocess.Popen(command, env=env, stdout=said, stderr=said, cwd=Path(__file__).parent.parent)
         roots = (process.pid, server) if way == "full" else (process.pid,)
         try:
-            with Watch(lambda pid, words: kind_of(pid, words, process.pid, server), lambda: roots, SAMPLE_S) as watch:
+            with Watch(lambda pid, words: kind_of(way, pid, words, process.pid), lambda: roots, SAMPLE_S) as watch:
                 code = process.wait()
         finally:
             process.terminate()
@@ -155,13 +161,13 @@ def window(events: Sequence[Mapping[str, Any]], watch: Watch, warm: int) -> Wind
     return Window(steps, end - begin, cpu, before - first["step"] * sum(cpu.values()) / steps, states, held_up)
 
 
-def kind_of(pid: int, words: str, command: int, server: int) -> str:
+def kind_of(way: str, pid: int, words: str, command: int) -> str:
     """Which part of the whole a process is."""
+    if way == "bare" or words.startswith("ray::RayTrainWorker"):
+        return "workers"
     if pid == command:
         return "command"
-    if re.search(r"mlflow|huey|uvicorn", words) or pid == server:
-        return "MLflow server"
-    return "worker" if words.startswith("ray::") and "Worker" in words else "Ray"
+    return "MLflow server" if re.search(r"mlflow|huey|uvicorn", words) else "Ray"
 
 
 def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
@@ -173,10 +179,12 @@ def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
         raise AraeError(f"overhead: a step took {1000 * step_s:.0f} ms, less than {1000 * size.least_step_s:.0f}")
     seconds = {way: [sum(w.cpu.values()) * steps / w.steps for w in windows] for way, windows in runs.items()}
     parts = {part: [w.cpu.get(part, 0.0) * steps / w.steps for w in runs["full"]] for part in PARTS}
+    beside = {part: [w.cpu.get(part, 0.0) / w.wall for w in runs["full"]] for part in PARTS}
     walls = {way: median(w.wall / w.steps for w in windows) for way, windows in runs.items()}
     notes = [
         f"Of `full`, CPU seconds by process, median: {', '.join(f'{p} {median(v):.2f}' for p, v in parts.items())}.",
         f"States saved among the steps counted: {', '.join(str(len(w.states)) for w in runs['full'])}.",
+        f"Beside the workers, cores: {', '.join(f'{p} {median(beside[p]):.3f}' for p in PARTS[1:])}.",
         f"A step took {1000 * walls['bare']:.0f} ms (bare) and {1000 * walls['full']:.0f} ms (full) by the clock.",
         "Start-up, not among the steps counted, CPU seconds, median: "
         + ", ".join(f"{way} {median(w.start_up for w in windows):.1f}" for way, windows in runs.items())
@@ -184,9 +192,10 @@ def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
     ]
     return Result(
         name="overhead",
-        about=f"{steps} encoder steps of resnet18-cifar (batch {size.batch}, PGD-2, fp32) in a bare loop, and by `arae "
-        "train --workers 1` with a state a minute and MLflow's server.",
-        images=steps * size.batch,
+        about=f"{steps} encoder steps of resnet18-cifar (batch {size.batch * size.workers}, PGD-2, fp32) in a bare loop "
+        f"of {size.workers} processes, and by `arae train --workers {size.workers}` with a state a minute and MLflow's "
+        "server.",
+        images=steps * size.batch * size.workers,
         warmup=0,
         seconds={way: tuple(values) for way, values in seconds.items()},
         clock="CPU seconds of all processes",

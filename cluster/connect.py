@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,8 @@ DEFAULTS = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",
 }
 ALONE = {
-    # A cluster for this command alone, on loopback: no tokens, no other node, no spot instance to watch.
+    # A cluster for this command alone, on loopback: no other node, no spot instance to watch.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-    "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -46,6 +46,8 @@ def connect(where: Where) -> None:
     given = DEFAULTS | {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(where.timeout)}
     for name, value in (given if address else given | ALONE).items():
         os.environ.setdefault(name, value)
+    if not address:
+        _own_token()
     try:
         import ray
         from ray.exceptions import RayError
@@ -64,6 +66,15 @@ def connect(where: Where) -> None:
     cpus = max((where.most or where.workers or 1) * (where.cpus or 1), os.cpu_count() or 1)
     # "local": Ray would else join whatever cluster somebody has started on this machine.
     ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+def _own_token() -> None:
+    """Loopback keeps other machines out; a token that nobody else knows keeps out other users of this one."""
+    if "RAY_AUTH_MODE" in os.environ:
+        return
+    os.environ["RAY_AUTH_MODE"] = "token"
+    if "RAY_AUTH_TOKEN_PATH" not in os.environ:
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 def worker_environment() -> dict[str, str]:

@@ -309,13 +309,12 @@ def test_one_command_at_a_time(there: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 class Slow(Remote):
-    """Takes a while for each object, fails for the first `failing` tries, and from `stuck` on takes nothing more."""
+    """Takes a while for each object, fails now and then, and once it is `stuck` takes nothing more."""
 
-    seconds, stuck, failing = 0.0, threading.Event(), 0
+    seconds, stuck, failing = 0.0, threading.Event(), list[bool]()
 
     def upload(self, name: str, file, size: int) -> None:
-        if Slow.failing:
-            Slow.failing -= 1
+        if Slow.failing and Slow.failing.pop():
             raise Away("away for a moment")
         if Slow.stuck.is_set():
             raise Away("the line is cut")
@@ -340,10 +339,10 @@ def pusher_of(copy: Copy, monkeypatch: pytest.MonkeyPatch) -> Pusher:
 
 def test_a_long_end_is_sent_while_it_gets_on(tmp_path: Path, there: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = copy_of(there, tmp_path / "a", Slow)
-    monkeypatch.setattr(Slow, "seconds", 0.2)
-    monkeypatch.setattr(Slow, "failing", 1)
+    monkeypatch.setattr(Slow, "seconds", 0.1)
+    monkeypatch.setattr(Slow, "failing", [True, False, False, True, False, False, True])
     monkeypatch.setattr(pusher_module, "SLACK_S", 0.0)
-    for n in range(10):  # two seconds, and one of waiting
+    for n in range(10):  # one second, and three of waiting
         write(copy.path / "images" / f"{n}.png", "p" * n)
     pusher_of(copy, monkeypatch).finish(2)
     assert files(there / "run") == files(copy.path)

@@ -193,7 +193,7 @@ def test_a_server_that_stays_away_is_said_and_nothing_is_lost(
     try:
         said = ended(process, 75)
         (run,) = (tmp_path / "a").rglob("log.jsonl")
-        assert f"it lies whole in {run.parent} on " in said.splitlines()[-1]
+        assert f"the end lies in {run.parent} on " in said.splitlines()[-1]
         assert "no answer" in ended(arae(place, env, "train", "r.yaml", *short), 75)  # nor does it begin
     finally:
         server.start()

@@ -28,8 +28,7 @@ from arae.train.stage import Fit
 
 def bare(rank: int, recipe_path: str, folder: RunFolder, workers: int) -> None:
     """Make every step of the encoder's stage on the CPU, as one process of the group."""
-    store = dist.FileStore(str(folder.path / "store"), workers)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=workers)
+    dist.init_process_group("gloo", f"file://{folder.path.absolute()}/store", rank=rank, world_size=workers)
     recipe = load_recipe(recipe_path)
     part, device = recipe.encoder, torch.device("cpu")
     source = open_source(recipe.data, "train", device, seed=recipe.seed)

@@ -192,9 +192,9 @@ def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
     ]
     return Result(
         name="overhead",
-        about=f"{steps} encoder steps of resnet18-cifar (batch {size.batch * size.workers}, PGD-2, fp32) in a bare loop "
-        f"of {size.workers} processes, and by `arae train --workers {size.workers}` with a state a minute and MLflow's "
-        "server.",
+        about=f"{steps} encoder steps of resnet18-cifar (batch {size.batch * size.workers}, PGD-2, fp32) in a bare "
+        f"loop of {size.workers} processes, and by `arae train --workers {size.workers}` with a state a minute and "
+        "MLflow's server.",
         images=steps * size.batch * size.workers,
         warmup=0,
         seconds={way: tuple(values) for way, values in seconds.items()},

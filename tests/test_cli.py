@@ -72,7 +72,7 @@ def arae_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
         (["train", "demo", "map=null", "--device", "tpu"], ["--device tpu", "cuda"]),
         (["train", "demo", "map=null", "evaluate.attacks=[{eps: 0}]"], ["attacks.0", "norm"]),
         (["train", "demo", "name=2024-13-01", "seed=-1"], ["seed"]),
-        (["train", "demo", "--workers", "two"], ["--workers", "integer", "--help"]),
+        (["train", "demo", "--workers", "two"], ["--workers two", "write a number", "MIN:MAX"]),
         (["trian", "demo"], ["trian", "--help"]),
         (["train"], ["RECIPE", "--help"]),
         (["train", "demo", "encoder.attack.eps=-1"], ["encoder.attack.eps", "-1", "negative"]),

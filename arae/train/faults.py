@@ -102,12 +102,13 @@ def _device_memory(device: torch.device) -> int | None:
 @contextmanager
 def storage_told(folder: RunFolder) -> Iterator[None]:
     """A disk that fills up or goes away is an end with one line, and with what is safe said."""
+    was_there = folder.path.is_dir()  # what could never be made has not gone away
     try:
         yield
     except OSError as error:
         if error.errno in FULL:
             raise _full(folder) from None
-        if error.errno in GONE or not folder.path.is_dir():
+        if error.errno in GONE or (was_there and not folder.path.is_dir()):
             raise Stopped(
                 f"{folder.path}: the storage does not answer ({error.strerror}); once it is back, the same command "
                 "goes on from the newest state that is on it"

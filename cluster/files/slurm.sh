@@ -1,7 +1,7 @@
 #!/bin/bash
 # One training in one Slurm allocation: a Ray head on the first node, Ray workers on the others, `arae train` on top.
 #
-#   export ARAE_RUNS=/shared/runs          # a path that every node sees; s3://bucket/prefix also needs MLFLOW_TRACKING_URI
+#   export ARAE_RUNS=/shared/runs          # a path that every node sees; s3://… needs MLFLOW_TRACKING_URI too
 #   sbatch --nodes=2 --gpus-per-node=8 cluster/files/slurm.sh imagenet-alexnet name=mine data.train=/shared/train.beton
 #
 # What stands behind slurm.sh goes to `arae train`, whose workers are one to a GPU (one to a node where there are none).
@@ -17,8 +17,8 @@
 # and removed at its end. There is no dashboard. No secret is in the script or in the job's environment.
 #
 # Checked: shellcheck; run by tests/test_slurm.py with stand-ins for Slurm, Ray and arae (order of steps, signals,
-# requeue, exit codes), and by tests/cluster/test_slurm.py with stand-ins for Slurm alone, real Ray and a real training.
-# Not run: Slurm itself, and several machines under it.
+# requeue, exit codes), and by tests/cluster/test_cluster_slurm.py with stand-ins for Slurm alone, real Ray and
+# a real training. Not run: Slurm itself, and several machines under it.
 #
 #SBATCH --job-name=arae
 #SBATCH --nodes=2

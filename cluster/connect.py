@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,9 @@ def connect(where: Where) -> None:
 def _own_token() -> None:
     """Loopback keeps other machines out; a token that nobody else knows keeps out other users of this one."""
     if "RAY_AUTH_MODE" in os.environ:
+        return
+    if "ray" in sys.modules:  # it has read the mode already, and would not hear of another
+        os.environ["RAY_AUTH_MODE"] = "disabled"
         return
     os.environ["RAY_AUTH_MODE"] = "token"
     if "RAY_AUTH_TOKEN_PATH" not in os.environ:

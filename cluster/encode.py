@@ -33,10 +33,10 @@ class OnCluster:
         Raises InputError where a node does not see the storage, AraeError where workers keep dying, else what
         `Job.run` and `Job.check_place` raised.
         """
-        import ray
-
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         connect(self.where)
+        import ray  # not before: it reads its settings as it is imported
+
         for number, handler in handlers.items():  # Ray has put its own in their place
             signal.signal(number, handler)
         _probe(jobs[0])

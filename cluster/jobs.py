@@ -55,8 +55,6 @@ class Jobs:
             self.say(f"arae: the token goes to {host} unencrypted; a tunnel (ssh -L 8265:localhost:8265) protects it")
         import requests
 
-        for chatty in ("dashboard_sdk", "job.sdk"):  # they have levels of their own
-            logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
         # Ray prefers this variable, and RAY_ADDRESS, to the address it is given; ours has been chosen already.
         os.environ["RAY_API_SERVER_ADDRESS"] = self.address
         try:
@@ -208,6 +206,8 @@ def _client(address: str, headers: dict[str, str]) -> JobSubmissionClient:
             limit = (CONNECT_S, ANSWER_S) if method == "GET" else (ANSWER_S, TAKES_S)
             return super()._do_request(method, endpoint, data=data, json_data=json_data, timeout=limit)
 
+    for chatty in ("dashboard_sdk", "job.sdk"):  # as they are imported they set levels of their own
+        logging.getLogger(f"ray.dashboard.modules.{chatty}").setLevel(logging.WARNING)
     return Client(address, headers=headers)
 
 

@@ -126,6 +126,15 @@ class Desk:
         self._whole_at = clock()
         self._reached = self._raised_at = (False, -1)
         self._raised = 0
+        self._controller: Any = None
+
+    def begun(self, controller: Any) -> None:
+        """Ray Train's controller is at work; `controller` is a handle to it."""
+        self._controller = controller
+
+    def controller(self) -> Any:
+        """A handle to the controller that began last; None where none has."""
+        return self._controller
 
     def register(self, member: Member) -> Greeting:
         """A worker begins. Raises nothing; the greeting says whether there is anything left to do."""

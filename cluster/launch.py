@@ -7,11 +7,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
-from pathlib import Path
 from typing import Any
 
-from arae.config import Recipe, dump_recipe
+from arae.config import Recipe
 from arae.errors import AraeError, InputError, Stopped
 from arae.launch import Where
 from arae.runs import RunFolder
@@ -25,6 +25,7 @@ ANSWER_S = 60.0
 DEAF_S = 5.0  # without a whole group: there is none that a stop could reach
 TROUBLES = 3  # errors of Ray Train's own, in a row and without a group between them
 GRACE_S = 10.0  # for the group to end by itself once one of its workers has said how
+ENDING_S = 20.0  # for Ray Train to end once it is told to; its controller may just be starting
 LACKING_S, STARTING_S = 10.0, 60.0  # of waiting for workers, after which it is said: without room for them, and with it
 
 
@@ -38,13 +39,17 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     connect(where)
+    import ray
     from ray.exceptions import RayError
+
+    from cluster.trainer import make_trainer
 
     for number, handler in handlers.items():  # Ray has put its own in their place, which save nothing
         signal.signal(number, handler)
     desk = open_desk()
     with tempfile.TemporaryDirectory(prefix="arae-ray-") as notes:  # Ray's own, which nothing here goes by
-        make = partial(_trainer, recipe, folder, where, desk, notes)
+        gpu = wants_gpu(where, ray.cluster_resources(), alone=address_of(where) is None)
+        make = partial(make_trainer, recipe, folder, where, desk, notes, gpu=gpu)
         try:
             news, error = _supervise(make, desk, Patience(where, listener), listener, stop)
         except RayError as lost:
@@ -52,7 +57,7 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
     if news.verdict is not None:
         raise news.verdict.error()
     if error is not None:
-        raise _end(error, news, folder, where) from None
+        raise _error(error, news, folder, where) from None
 
 
 def _supervise(
@@ -70,7 +75,10 @@ def _supervise(
         # Ray Train takes SIGINT for itself when it runs in the main thread; a stop must save first.
         thread = threading.Thread(target=_fit, args=(make(), outcome), daemon=True)
         thread.start()
-        news = _follow(thread, desk, patience, listener, stop)
+        try:
+            news = _follow(thread, desk, patience, listener, stop)
+        finally:
+            _end(thread, desk)
         error = outcome.get("error")
         if error is None or news.verdict is not None or getattr(error, "worker_failures", None):
             return news, error
@@ -96,8 +104,7 @@ def _follow(
         if ended:
             return news
         if judged and time.monotonic() - judged > GRACE_S:
-            ray.shutdown()  # others still wait for the one that has left, and would until their time is up
-            return news
+            return news  # others still wait for the one that has left, and would until their time is up
         if not judged:
             patience.bear(news, stopping=stopping)
         thread.join(WATCH_S)
@@ -112,17 +119,13 @@ class Patience:
 
     def bear(self, news: News, *, stopping: bool) -> None:
         """Stopped where there has been no whole group for `where.wait` minutes, or is none to hear that it is over."""
-        import ray
-
         if stopping and news.waiting_s > DEAF_S:
-            ray.shutdown()
             raise Stopped("stopped while no workers were at work; the same command goes on from what is kept")
         if news.waiting_s < min(LACKING_S, 60 * self.where.wait):
             self._told = False
             return
         room, said = room_for(self.where)
         if news.waiting_s > 60 * self.where.wait:
-            ray.shutdown()  # there is no other end to Ray Train's own waiting
             lost = f"{news.reason}; " if news.reason else ""
             raise Stopped(f"{lost}gave up after {self.where.wait:g} min: {said}; the same command goes on")
         lacking = room < (self.where.workers or 1) or news.waiting_s > STARTING_S
@@ -131,48 +134,29 @@ class Patience:
             self._told = True
 
 
+def _end(thread: threading.Thread, desk: Any) -> None:
+    """Return when Ray Train's thread has ended, and see that it does: its waiting for workers has no end of its own.
+
+    Ray ends the whole process, with a code and a line of its own, where a thread still uses what was shut down.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    until = time.monotonic() + ENDING_S
+    while thread.is_alive() and time.monotonic() < until:
+        with suppress(RayError):
+            controller: Any = ray.get(desk.controller.remote(), timeout=ENDING_S)
+            if controller is not None:
+                ray.kill(controller)  # its workers go with it
+        thread.join(WATCH_S)
+
+
 def _fit(trainer: Any, outcome: dict[str, Exception]) -> None:
     """Body of the thread: `outcome` gets `error` where there is one."""
     try:
         trainer.fit()
     except Exception as error:  # noqa: BLE001 -- it crosses to the main thread, which raises it
         outcome["error"] = error
-
-
-def _trainer(recipe: Recipe, folder: RunFolder, where: Where, desk: Any, notes: str) -> Any:
-    import ray
-    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
-
-    from cluster.watch import Watch
-    from cluster.worker import loop
-
-    least = where.workers or 1
-    gpu = wants_gpu(where, ray.cluster_resources(), alone=address_of(where) is None)
-    return TorchTrainer(
-        loop,
-        train_loop_config={
-            "recipe": dump_recipe(recipe),
-            "folder": str(folder.path),
-            "cwd": str(Path.cwd()),
-            "desk": desk,
-        },
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo", timeout_s=where.timeout),
-        scaling_config=ScalingConfig(
-            num_workers=least if where.most is None else (least, where.most),
-            use_gpu=gpu,
-            resources_per_worker={"CPU": where.cpus or 1} | ({"GPU": 1} if gpu else {}),
-            placement_strategy=where.placement.upper(),
-        ),
-        run_config=RunConfig(
-            # A name of its own each time: Ray would otherwise resume from its own bookkeeping, and ours is what counts.
-            name=f"{time.time_ns():x}",
-            storage_path=notes,
-            failure_config=FailureConfig(max_failures=where.restarts),
-            callbacks=[Watch(desk)],
-            logging_config=LoggingConfig(log_level="ERROR"),
-        ),
-    )
 
 
 def wants_gpu(where: Where, has: Mapping[str, float], *, alone: bool) -> bool:
@@ -206,7 +190,7 @@ def room_for(where: Where) -> tuple[int, str]:
     )
 
 
-def _end(error: Exception, news: News, folder: RunFolder, where: Where) -> AraeError:
+def _error(error: Exception, news: News, folder: RunFolder, where: Where) -> AraeError:
     """What ends the command where no worker left a verdict."""
     if not getattr(error, "worker_failures", None):
         return _kept(folder, f"{_trouble(error)} (more than once in a row)")

@@ -23,7 +23,6 @@ def told(folder: RunFolder, event: str) -> list[dict]:
     return [e for e in (json.loads(line) for line in lines if line.endswith("}")) if e["event"] == event]
 
 
-@pytest.mark.cluster
 @pytest.mark.integration
 def test_sigterm_saves_on_two_workers_and_the_same_command_goes_on(
     tmp_path: Path, tiny_npz: Path, run_arae: Run

@@ -179,6 +179,7 @@ def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
         raise AraeError(f"overhead: a step took {1000 * step_s:.0f} ms, less than {1000 * size.least_step_s:.0f}")
     seconds = {way: [sum(w.cpu.values()) * steps / w.steps for w in windows] for way, windows in runs.items()}
     parts = {part: [w.cpu.get(part, 0.0) * steps / w.steps for w in runs["full"]] for part in PARTS}
+    alone = median(parts["workers"]) / median(seconds["bare"])
     beside = {part: [w.cpu.get(part, 0.0) / w.wall for w in runs["full"]] for part in PARTS}
     walls = {way: median(w.wall / w.steps for w in windows) for way, windows in runs.items()}
     notes = [
@@ -202,7 +203,7 @@ def result(runs: Mapping[str, Sequence[Window]], size: Size) -> Result:
         comparisons=(Comparison(what="full over bare", slow="full", fast="bare"),),
         left_out={},
         notes=tuple(notes),
-        numbers=saving_of(runs["full"]),
+        numbers=saving_of(runs["full"]) | {"workers alone, full over bare": round(alone, 4)},
         hardware=machine(torch.device("cpu")) | {"torch_threads": 1},
         versions=provenance.versions(),
         git=provenance.git_revision(),
@@ -229,7 +230,11 @@ def mlflow_server(folder: Path) -> Iterator[tuple[str, int]]:
     command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db"]
     with (folder / "mlflow.log").open("w") as said:
         process = subprocess.Popen(
-            [*command, "--artifacts-destination", str(folder / "artifacts")], stdout=said, stderr=said, cwd=folder
+            [*command, "--artifacts-destination", str(folder / "artifacts")],
+            stdout=said,
+            stderr=said,
+            cwd=folder,
+            env={**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},  # as `arae ui` starts it
         )
     try:
         answered(f"{uri}/health", process, folder / "mlflow.log")

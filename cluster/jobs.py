@@ -6,6 +6,7 @@ import asyncio
 import logging
 import os
 import re
+import secrets
 import sys
 import time
 from collections.abc import Callable
@@ -63,27 +64,32 @@ class Jobs:
             raise InputError(f"--address {self.address}: the job server does not answer ({_reason(error)})") from None
 
     def submit(self, entrypoint: str, runtime_env: dict[str, Any], name: str | None) -> str:
-        """Start a job and return its id.
+        """Start a job and return its id: `name`, or a new one. What got no answer is sent again.
 
         Raises InputError where there is a job of that name already, AraeError where the server refuses it or is silent.
         """
         import requests
 
-        deadline = time.monotonic() + STARTS_S
+        job = name or f"arae-{secrets.token_hex(6)}"
+        deadline, unanswered = time.monotonic() + STARTS_S, False
         while True:
             try:
-                return self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env, submission_id=name)
+                return self.client.submit_job(entrypoint=entrypoint, runtime_env=runtime_env, submission_id=job)
             except RuntimeError as error:
                 if "already exists" in str(error):
+                    if unanswered and self.client.get_job_info(job).entrypoint == entrypoint:
+                        return job
                     raise InputError(f"--name {name}: the cluster has a job of that name; choose another") from None
                 # A cluster that has just been started answers before it can take jobs.
                 if "try again later" not in str(error) or time.monotonic() > deadline:
                     raise AraeError(f"{self.address} refused the job ({_last_line(str(error))})") from None
             except requests.exceptions.RequestException as error:
-                raise AraeError(
-                    f"{self.address} did not answer when the job was sent ({_reason(error)}); `ray job list --address "
-                    f"{self.address}` shows whether it has begun"
-                ) from None
+                unanswered = True
+                if time.monotonic() > deadline:
+                    raise AraeError(
+                        f"{self.address} did not answer when the job was sent ({_reason(error)}); `ray job list "
+                        f"--address {self.address}` shows whether {job} has begun"
+                    ) from None
             time.sleep(AGAIN_S)
 
     def ended(self, job: str) -> Ended | None:

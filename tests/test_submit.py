@@ -1,5 +1,6 @@
 """Jobs before they are sent: what is packed, what is handed on, what is refused; and how a job's end is told."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,6 +9,7 @@ import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path, PurePosixPath
 
 import pytest
@@ -319,7 +321,7 @@ def test_a_server_that_accepts_and_never_answers(
     silent: tuple[str, threading.Event], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     address, quiet = silent
-    for limit in ("ANSWER_S", "TAKES_S", "LOST_S"):
+    for limit in ("ANSWER_S", "TAKES_S", "LOST_S", "STARTS_S", "AGAIN_S"):
         monkeypatch.setattr(jobs, limit, 0.2)
     server = Jobs(address)
     quiet.set()
@@ -333,6 +335,59 @@ def test_a_server_that_accepts_and_never_answers(
     with pytest.raises(InputError, match="no job server answers"):
         Jobs(address)
     assert address in str(error.value)
+
+
+@pytest.fixture
+def forgetful() -> Iterator[tuple[str, list[dict[str, str]]]]:
+    """A job server that takes a job and hangs up without an answer, the first time; the jobs that it took."""
+    taken: list[dict[str, str]] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = [job for job in taken if self.path == f"/api/jobs/{job['submission_id']}"]
+            job = {"type": "SUBMISSION", "status": "RUNNING", **known[0]} if known else {}
+            self.answer(200, json.dumps({"ray_version": ray.__version__, "version": "4"} | job))
+
+        def do_POST(self) -> None:
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if any(job["submission_id"] == sent["submission_id"] for job in taken):
+                self.answer(500, f"ValueError: Job with submission_id {sent['submission_id']} already exists.")
+                return
+            taken.append({name: sent[name] for name in ("submission_id", "entrypoint")})
+            if len(taken) == 1:
+                self.close_connection = True  # nothing was said
+            else:
+                self.answer(200, json.dumps({"job_id": None, "submission_id": sent["submission_id"]}))
+
+        def answer(self, status: int, text: str) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(text)))
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Say nothing."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}", taken
+        server.shutdown()
+        thread.join()
+
+
+@pytest.mark.usefixtures("no_token")
+def test_what_got_no_answer_is_sent_again_and_starts_one_job(
+    forgetful: tuple[str, list[dict[str, str]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address, taken = forgetful
+    monkeypatch.setattr(jobs, "AGAIN_S", 0.01)
+    server = Jobs(address)
+    job = server.submit("true", {}, None)
+    assert [one["submission_id"] for one in taken] == [job]
+    assert server.submit("true", {}, "named") == "named"
+    with pytest.raises(InputError, match="--name named: the cluster has a job of that name"):
+        server.submit("true", {}, "named")
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from collections.abc import Callable
+from functools import wraps
+from inspect import Signature, signature
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
@@ -26,35 +29,9 @@ Overrides = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(help="Train through Ray Train on this many workers.")]
 PANEL = "Workers (Ray Train)"
-Group = Annotated[
-    str | None,
-    typer.Option(
-        "--workers",
-        metavar="N|MIN:MAX",
-        rich_help_panel=PANEL,
-        help="Train through Ray Train on this many workers; MIN:MAX lets the group shrink and grow with the cluster.",
-    ),
-]
 Address = Annotated[
     str | None,
     typer.Option(rich_help_panel=PANEL, help="A running Ray cluster: auto, or ray://host:port; default: this machine."),
-]
-Cpus = Annotated[int | None, typer.Option(rich_help_panel=PANEL, help="CPU cores for each worker; default: 1.")]
-Gpus = Annotated[
-    int | None,
-    typer.Option(rich_help_panel=PANEL, help="GPUs for each worker, 0 or 1; default: 1 where the cluster has any."),
-]
-Placement = Annotated[
-    str, typer.Option(rich_help_panel=PANEL, help="pack: workers close together; spread: on many machines.")
-]
-Restarts = Annotated[
-    int, typer.Option(rich_help_panel=PANEL, help="Failures of workers and machines that a launch survives.")
-]
-Wait = Annotated[
-    float, typer.Option(rich_help_panel=PANEL, help="Minutes without the workers asked for, then it gives up (75).")
-]
-Timeout = Annotated[
-    int, typer.Option(rich_help_panel=PANEL, help="Seconds after which a worker that does not answer is replaced.")
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; default: a GPU where there is one.")]
 
@@ -68,18 +45,37 @@ def one_trip(recipe: Recipe) -> None:
 
 
 def where_of(
-    workers: str | None,
-    address: str | None,
-    device: str | None,
-    *,
-    cpus: int | None = None,
-    gpus: int | None = None,
-    placement: str = "pack",
-    restarts: int = 100,
-    wait: float = 30.0,
-    timeout: int = 600,
+    workers: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N|MIN:MAX",
+            rich_help_panel=PANEL,
+            help="Train through Ray Train on this many workers; MIN:MAX: the group shrinks and grows with the cluster.",
+        ),
+    ] = None,
+    address: Address = None,
+    device: Device = None,
+    cpus: Annotated[
+        int | None, typer.Option(rich_help_panel=PANEL, help="CPU cores for each worker; default: 1.")
+    ] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(rich_help_panel=PANEL, help="GPUs for each worker, 0 or 1; default: 1 where the cluster has any."),
+    ] = None,
+    placement: Annotated[
+        str, typer.Option(rich_help_panel=PANEL, help="pack: workers close together; spread: on many machines.")
+    ] = "pack",
+    restarts: Annotated[
+        int, typer.Option(rich_help_panel=PANEL, help="Failures of workers and machines that a launch survives.")
+    ] = 100,
+    wait: Annotated[
+        float, typer.Option(rich_help_panel=PANEL, help="Minutes without the workers asked for, then it gives up (75).")
+    ] = 30.0,
+    timeout: Annotated[
+        int, typer.Option(rich_help_panel=PANEL, help="Seconds after which a worker that does not answer is replaced.")
+    ] = 600,
 ) -> Where:
-    """Where to run, from the flags; InputError for what can't be."""
+    """Where to run, from the flags that every launch has; InputError for what can't be."""
     from arae.launch import Where, parse_workers
 
     least, most = (None, None) if workers is None else parse_workers(workers)
@@ -95,6 +91,34 @@ def where_of(
         wait=wait,
         timeout=timeout,
     )
+
+
+def launches(workers: str | None = None) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A command that launches: in the place of its `where` it has the flags of `where_of`.
+
+    workers: what `--workers` is where it is left out; `--workers 0` then means without.
+    """
+
+    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(command, localns={"Where": object}, include_extras=True)
+        own = [p.replace(annotation=hints[p.name]) for p in signature(command).parameters.values() if p.name != "where"]
+        flags = [
+            p.replace(default=workers) if p.name == "workers" else p
+            for p in signature(where_of, locals={"Where": object}, eval_str=True).parameters.values()
+        ]
+
+        @wraps(command)
+        def run(**given: Any) -> None:
+            chosen = {flag.name: given.pop(flag.name) for flag in flags}
+            if workers is not None and chosen["workers"] == "0":
+                chosen["workers"] = None
+            command(**given, where=where_of(**chosen))
+
+        run.__dict__["__signature__"] = Signature([*own, *flags])
+        run.__annotations__ = {p.name: p.annotation for p in (*own, *flags)}
+        return run
+
+    return with_flags
 
 
 def columns(rows: list[tuple[str, str]]) -> None:

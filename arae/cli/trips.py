@@ -2,57 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arae.cli.options import (
-    PANEL,
-    Address,
-    Cpus,
-    Device,
-    Gpus,
-    Group,
-    Overrides,
-    Placement,
-    RecipeName,
-    Restarts,
-    Timeout,
-    Wait,
-    app,
-    one_trip,
-    where_of,
-)
+from arae.cli.options import Device, Overrides, RecipeName, app, launches, one_trip, where_of
 from arae.config import load_recipe
 from arae.runs import RunFolder
 
+if TYPE_CHECKING:
+    from arae.launch import Where
+
 
 @app.command()
+@launches()
 def train(
     recipe: RecipeName,
     overrides: Overrides = None,
-    workers: Group = None,
-    address: Address = None,
-    device: Device = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    placement: Placement = "pack",
-    restarts: Restarts = 100,
-    wait: Wait = 30.0,
-    timeout: Timeout = 600,
+    *,
+    where: Where,
 ) -> None:
     """Train the recipe's encoder, then its decoder; a run that was stopped or killed goes on."""
-    where = where_of(
-        workers,
-        address,
-        device,
-        cpus=cpus,
-        gpus=gpus,
-        placement=placement,
-        restarts=restarts,
-        wait=wait,
-        timeout=timeout,
-    )
     loaded = load_recipe(recipe, overrides or ())
     from arae.check import check
     from arae.session import session
@@ -84,58 +54,26 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = N
 
 
 @app.command()
-def demo(
-    overrides: Overrides = None,
-    workers: Annotated[
-        str,
-        typer.Option(
-            metavar="N|MIN:MAX", rich_help_panel=PANEL, help="Ray Train workers; 0 trains in this process, without Ray."
-        ),
-    ] = "2",
-    address: Address = None,
-    device: Device = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    placement: Placement = "pack",
-    restarts: Restarts = 100,
-    wait: Wait = 30.0,
-    timeout: Timeout = 600,
-) -> None:
-    """The main job in small: encode, train at several radii, invert, evaluate, report."""
+@launches(workers="2")
+def demo(overrides: Overrides = None, *, where: Where) -> None:
+    """The main job in small: encode, train at several radii, invert, evaluate, report; --workers 0: without Ray."""
     from arae.demo import demo as run_demo
     from arae.demo import demo_recipe
 
-    where = where_of(
-        None if workers == "0" else workers,
-        address,
-        device,
-        cpus=cpus,
-        gpus=gpus,
-        placement=placement,
-        restarts=restarts,
-        wait=wait,
-        timeout=timeout,
-    )
     folder = run_demo(demo_recipe(overrides or []), where)
     typer.echo(f"{folder.path / 'report.html'}: open it in a browser; `arae ui` compares the runs")
 
 
 @app.command()
+@launches()
 def reproduce(
     table: Annotated[str | None, typer.Argument(metavar="[ID]", help="A table, such as arae-main-T1.")] = None,
     overrides: Overrides = None,
     every: Annotated[bool, typer.Option("--list", help="List the tables, with state and planned cost.")] = False,
     scale: Annotated[str, typer.Option(help="full, or small: sized for two CPU cores.")] = "full",
     jobs: Annotated[int | None, typer.Option(help="Runs side by side; default: 2 on a CPU, 1 on a GPU.")] = None,
-    workers: Group = None,
-    address: Address = None,
-    device: Device = None,
-    cpus: Cpus = None,
-    gpus: Gpus = None,
-    placement: Placement = "pack",
-    restarts: Restarts = 100,
-    wait: Wait = 30.0,
-    timeout: Timeout = 600,
+    *,
+    where: Where,
 ) -> None:
     """Run a table of the paper and show its figures beside ours; what was stopped goes on."""
     from arae.launch import checkout_module
@@ -144,17 +82,6 @@ def reproduce(
         for line in checkout_module("benchmarks.tables.show").listing():
             typer.echo(line)
         return
-    where = where_of(
-        workers,
-        address,
-        device,
-        cpus=cpus,
-        gpus=gpus,
-        placement=placement,
-        restarts=restarts,
-        wait=wait,
-        timeout=timeout,
-    )
     module = checkout_module("benchmarks.tables.reproduce")
     for line in module.reproduce(table, scale, overrides or [], where, jobs):
         typer.echo(line)

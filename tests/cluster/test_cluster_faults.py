@@ -18,6 +18,8 @@ import pytest
 from driving import ARAE, EVERY, STEPS, Run, end_of, last_words, until
 from training import weights
 
+from arae.train.state import list_states, read_state
+
 pytestmark = [pytest.mark.cluster, pytest.mark.integration]
 
 
@@ -133,6 +135,26 @@ def test_an_error_in_one_worker_is_tried_again(run: Run, undisturbed: dict[str, 
     assert weights(run.folder) == undisturbed
 
 
+def test_a_worker_that_stands_still_while_it_seems_well_is_replaced(run: Run, undisturbed: dict[str, bytes]) -> None:
+    """Rank 0 waits for ever to open its log, as on a file server that hangs: here a pipe that nobody reads. It still
+    shows that it is there; the other waits for it in a collective until the time limit."""
+    log, aside = run.folder.log, run.folder.path / "aside"
+    with run.start("--workers", 2, "--timeout", 10) as process:
+        until(lambda: run.at_step(25), "step 25", process)
+        before = run.workers()
+        os.mkfifo(run.folder.path / "pipe")
+        log.rename(aside)
+        (run.folder.path / "pipe").rename(log)
+        until(lambda: not set(before) & set(run.workers()), "end of the first workers", process)
+        log.unlink()
+        aside.rename(log)
+        done = end_of(process)
+    assert done.returncode == 0, done.stderr
+    restart = run.told("restart")[-1]
+    assert "lost the others" in restart["reason"]
+    assert weights(run.folder) == undisturbed
+
+
 def test_after_the_last_restart_the_state_is_kept_and_the_command_says_75(run: Run) -> None:
     with run.start("--workers", 2, "--restarts", 0) as process:
         until(lambda: run.at_step(25), "step 25", process)
@@ -213,11 +235,17 @@ def test_a_full_disk_under_a_worker_ends_the_group_and_keeps_the_state(tmp_path:
     run = Run(tmp_path / "home", {**os.environ, "OMP_NUM_THREADS": "1"})
     run.folder.path.parent.mkdir(parents=True)
     command = [*ARAE, "train", str(run.recipe), "--workers", "2"]
-    script = 'mount -t tmpfs -o size=5m tmpfs "$0"; "$@"; code=$?; cat "$0/tiny/state/manifest.json"; exit $code'
-    whole = ["unshare", "-Urm", "sh", "-c", script, str(run.folder.path.parent), *command]
+    kept = tmp_path / "kept"
+    script = 'mount -t tmpfs -o size=5m tmpfs "$1"; shift; "$@"; code=$?; cp -r "$ARAE_RUNS/tiny" "$0"; exit $code'
+    whole = ["unshare", "-Urm", "sh", "-c", script, str(kept), str(run.folder.path.parent), *command]
     env = {**run.env, "ARAE_RUNS": str(run.folder.path.parent)}
     with subprocess.Popen(whole, cwd=run.home, env=env, text=True, stdout=-1, stderr=-1) as process:
         done = end_of(process)
     assert done.returncode == 75, done.stderr
     assert "the disk is full" in last_words(done)
     assert "make room and run the same command again" in last_words(done)
+    notes: list[str] = []
+    left = list_states(kept / "state")
+    assert {s.stage for s in left} == {"encoder"} or not left
+    assert all(read_state(kept / "state", s, notes.append) for s in left), notes
+    assert left or (kept / "model" / "encoder.safetensors").is_file()

@@ -38,7 +38,7 @@ def demo(recipe: Recipe, where: Where) -> RunFolder:
         recipe = recipe.replace(encoded(parent))
         trips = [trip(recipe, eps) for eps in radii]
         for one in trips:
-            list(check(one, where.torch_device()))
+            list(check(one, where.worker_device()))
             refuse_another(one, RunFolder.of(one))
         parent.progress.close()  # the trips show their own
         records = [record for one in trips for record in run_trip(one, parent, where)]

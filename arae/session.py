@@ -10,9 +10,9 @@ import torch
 
 from arae.config import Recipe
 from arae.evaluate import evaluate
-from arae.events import ending
 from arae.launch import Where, launch, refuse_another
-from arae.progress import Progress
+from arae.monitor.events import ending
+from arae.monitor.progress import Progress
 from arae.records import Record
 from arae.runs import RunFolder, runs_root
 from arae.storage import Shared, need_tracking_server, shared

@@ -37,7 +37,7 @@ import torch
 from arae import provenance
 from arae.config import Recipe, dump_recipe, load_recipe
 from arae.errors import AraeError, InputError
-from arae.events import read_events
+from arae.monitor.events import read_events
 from arae.tracking.mirror import CARD, ENVIRONMENT, PENDING
 from benchmarks.harness import Comparison, Result, Seconds, machine
 

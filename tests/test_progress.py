@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from arae.events import tail
-from arae.pace import Pace, clock
-from arae.progress import Progress
+from arae.monitor.events import tail
+from arae.monitor.pace import Pace, clock
+from arae.monitor.progress import Progress
 from arae.runs import RunFolder
 
 
@@ -272,7 +272,7 @@ def line(n: int) -> bytes:
 
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("arae.events.POLL", 0.01)
+    monkeypatch.setattr("arae.monitor.events.POLL", 0.01)
 
 
 def test_a_growing_log_is_followed_line_by_line(tmp_path: Path) -> None:

@@ -16,12 +16,12 @@ from training import tiny_recipe
 from arae import runs
 from arae.config import Recipe
 from arae.errors import InputError, Stopped
-from arae.events import ending, read_events
+from arae.monitor.events import ending, read_events
+from arae.monitor.status import Standing, all_runs, as_document, find_run, status_of
+from arae.monitor.watching import ago, lines, table
 from arae.runs import RunFolder, runs_root
-from arae.status import Standing, all_runs, as_document, find_run, status_of
 from arae.storage import Away, Remote
 from arae.train.run import train
-from arae.watching import ago, lines, table
 
 NOW = 1_800_000_000.0
 Event = dict[str, Any]

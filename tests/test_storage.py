@@ -15,7 +15,7 @@ import pytest
 from groups import spawn
 
 from arae.errors import DiskFull, InputError, Stopped
-from arae.events import ending
+from arae.monitor.events import ending
 from arae.runs import RunFolder, runs_root
 from arae.storage import (
     Away,

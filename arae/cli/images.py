@@ -28,7 +28,7 @@ def encode_command(
     """Write images as an FFCV .beton file, whole or not at all; killed, the same command goes on."""
     from arae.data.encode import EncodeOptions, encode
     from arae.launch import Where, checkout_module, stop_requested
-    from arae.progress import Progress
+    from arae.monitor.progress import Progress
 
     chosen = load_options(EncodeOptions, options or (), where="arae encode")
     where = Where(workers=workers, address=address)

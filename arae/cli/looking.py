@@ -22,9 +22,9 @@ def status(
     follow: Annotated[bool, typer.Option("--follow", help="Then show its progress until it ends.")] = False,
 ) -> None:
     """Say how a run stands: step, time left, speed of each worker, states, restarts. Needs no cluster."""
-    from arae.status import as_document, find_run, status_of
-    from arae.watching import follow as follow_run
-    from arae.watching import lines
+    from arae.monitor.status import as_document, find_run, status_of
+    from arae.monitor.watching import follow as follow_run
+    from arae.monitor.watching import lines
 
     folder = find_run(run)
     found = status_of(folder)
@@ -36,8 +36,8 @@ def status(
 @app.command()
 def runs(as_json: Json = False) -> None:
     """List all runs: how each stands, its step, when it was last heard, its main numbers."""
-    from arae.status import all_runs, as_document
-    from arae.watching import table
+    from arae.monitor.status import all_runs, as_document
+    from arae.monitor.watching import table
 
     found = all_runs()
     if as_json:

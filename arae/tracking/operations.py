@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from arae.config import Recipe, difference
-from arae.pace import Group
+from arae.monitor.pace import Group
 from arae.provenance import git_revision
 from arae.records import Record, Threat
 from arae.tracking.journal import Operation

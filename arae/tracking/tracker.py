@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from arae.config import Recipe
 from arae.errors import Stopped
-from arae.pace import restart_words
+from arae.monitor.pace import restart_words
 from arae.records import Record
 from arae.runs import RunFolder
 from arae.tracking.journal import RESTARTS, Card, Journal, Operation

@@ -29,7 +29,7 @@ def reproduce(
     if jobs is not None and jobs < 1:
         raise InputError(f"--jobs {jobs}: at least 1 run must go on; leave it out to let arae choose")
     there = trips(definition, chosen, overrides)
-    check_trips(there, where.torch_device())
+    check_trips(there, where.worker_device())
     made = sum(map(done, there))
     yield f"{definition.id} ({chosen} scale): {len(there)} runs, of which {made} are made already"
     run_all(there, Plan(table, chosen, tuple(overrides), where), jobs or default_jobs(where))

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from arae.pace import Group, restart_words
+from arae.monitor.pace import Group, restart_words
 
 if TYPE_CHECKING:
-    from arae.status import Status
+    from arae.monitor.status import Status
 
 
 class Told:

@@ -14,14 +14,14 @@ from typing import Any, Literal
 
 from arae.config import Recipe, load_recipe
 from arae.errors import AraeError, InputError
-from arae.events import read_events
 from arae.models.autoencoder import read_config
-from arae.pace import Worker
+from arae.monitor.events import read_events
+from arae.monitor.pace import Worker
+from arae.monitor.told import Told
 from arae.runs import RunFolder, runs_root
 from arae.storage import fetch_runs, fetched, glance
 from arae.storage.lease import NAME as LEASE
 from arae.storage.place import remote_of
-from arae.told import Told
 from arae.tracking.journal import parsed
 from arae.tracking.mirror import PENDING
 from arae.train.state import Saved, best_of, list_states

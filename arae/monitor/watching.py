@@ -7,11 +7,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import TextIO
 
-from arae.events import tail
-from arae.pace import Group, clock, group_words
-from arae.progress import Progress
+from arae.monitor.events import tail
+from arae.monitor.pace import Group, clock, group_words
+from arae.monitor.progress import Progress
+from arae.monitor.status import State, Status, is_held
 from arae.runs import RunFolder
-from arae.status import State, Status, is_held
 from arae.storage import fetched, glance
 
 MOST_RESTARTS = 5  # that are told one by one, the newest

@@ -10,7 +10,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self, TextIO
 
-from arae.pace import Group, Pace, clock, group_words, restart_words
+from arae.monitor.pace import Group, Pace, clock, group_words, restart_words
 from arae.runs import RunFolder
 
 if TYPE_CHECKING:

@@ -2,12 +2,15 @@
 
 import json
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from conftest import make_tiny_npz
+from groups import spawn
 from safetensors.torch import load_file, save_file
 from training import tiny_recipe
 
@@ -15,6 +18,7 @@ from arae import precision
 from arae.config import Recipe, dump_recipe, load_recipe
 from arae.models import create_decoder, create_discriminator, create_encoder
 from arae.runs import RunFolder
+from arae.train import engine as engine_module
 from arae.train.decoder import DecoderTrainer
 from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine
@@ -180,3 +184,28 @@ def test_a_mixed_group_agrees_on_what_its_weakest_has(four_workers: Path) -> Non
     found = [json.loads((four_workers / f"precision-{rank}.json").read_text()) for rank in range(4)]
     expected = {"agreed": "fp32", "mixed": True, "alike": "bf16", "alike mixed": False, "goes on in": "fp32"}
     assert found == [expected] * 4
+
+
+def comes_late(rank: int, folder: str) -> None:
+    """Rank 1 takes longer to come than a collective may; the second time it does not come in time."""
+    torch.distributed.distributed_c10d._set_pg_timeout(timedelta(seconds=1))
+    if rank == 1:
+        time.sleep(3)
+    engine = Engine(torch.device("cpu"), "auto")
+    met = engine.mean(torch.tensor([float(rank)])).item()
+    engine_module.ASSEMBLE_S = 0.5
+    said = ""
+    if rank == 0:
+        try:
+            engine.assemble()
+        except RuntimeError as error:
+            said = str(error)
+    Path(folder, f"late-{rank}.json").write_text(json.dumps([met, said]))
+
+
+@pytest.mark.integration
+def test_workers_wait_for_one_that_has_images_to_bring(tmp_path: Path) -> None:
+    spawn(2, tmp_path, comes_late, os.fspath(tmp_path))
+    found = [json.loads((tmp_path / f"late-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [met for met, _ in found] == [0.5, 0.5]
+    assert "1 of 2 workers came" in found[0][1]

@@ -19,6 +19,8 @@ from arae.errors import InputError
 from arae.precision import DTYPES, WEAKEST, resolve_precision
 from arae.train.learner import Learner, MakeOptimizer, Plain
 
+ASSEMBLE_S = 6 * 3600.0  # what takes longer to bring than this hangs
+ASK_S = 0.05
 Network = TypeVar("Network", bound=nn.Module)
 
 
@@ -56,6 +58,8 @@ class Engine:
         self.size = dist.get_world_size() if self.parallel else 1
         self.mixed = False
         """Whether the workers' devices would have chosen different precisions."""
+        self._assembled = 0
+        self.assemble()
         self.own = resolve_precision(precision, device)
         """What this worker's device would choose."""
         self.precision = self._agreed(self.own)
@@ -169,6 +173,22 @@ class Engine:
         held = [value]
         dist.broadcast_object_list(held, device=self.device)
         return held[0]
+
+    def assemble(self) -> None:
+        """Wait for all workers, and for longer than a collective may: one of them may have to bring images first.
+
+        Raises RuntimeError after ASSEMBLE_S seconds, or where the others are gone.
+        """
+        if self.size == 1:
+            return
+        store = dist.distributed_c10d._get_default_store()
+        self._assembled += 1
+        key, until = f"arae/assembled/{self._assembled}", time.monotonic() + ASSEMBLE_S
+        store.add(key, 1)
+        while (there := store.add(key, 0)) < self.size:
+            if time.monotonic() > until:
+                raise RuntimeError(f"connection lost: {there} of {self.size} workers came in {ASSEMBLE_S / 3600:g} h")
+            time.sleep(ASK_S)
 
     def barrier(self) -> None:
         """Wait for all workers."""

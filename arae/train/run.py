@@ -76,6 +76,7 @@ class Worker:
         )
         self.images = fingerprint(recipe.data, "train")
         self.probe = Probe(recipe, folder, source, engine, log) if log.active else None
+        engine.assemble()
 
     def encoder(self) -> Encoder:
         """The trained encoder: from the run folder where it is finished, else trained now."""

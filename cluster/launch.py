@@ -142,12 +142,14 @@ def _end(thread: threading.Thread, desk: Any) -> None:
     import ray
     from ray.exceptions import RayError
 
+    from cluster.trainer import end_controller
+
     until = time.monotonic() + ENDING_S
     while thread.is_alive() and time.monotonic() < until:
         with suppress(RayError):
             controller: Any = ray.get(desk.controller.remote(), timeout=ENDING_S)
             if controller is not None:
-                ray.kill(controller)  # its workers go with it
+                end_controller(controller)
         thread.join(WATCH_S)
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -16,6 +18,7 @@ from arae.runs import RunFolder
 from cluster.watch import Watch
 from cluster.worker import loop
 
+ABORT_S = 5.0
 # Helpers that Ray Train starts with every group and that have nothing to do here. There is no Ray dataset; and what
 # clears away the placement group of a controller that was killed asks the dashboard, once a second: where none runs it
 # hangs, for ten seconds of every command's end. The group's place goes with the command in any case.
@@ -45,6 +48,15 @@ class Trainer(TorchTrainer):
 
         kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
         return [Handed(self._desk), *kept]
+
+
+def end_controller(controller: Any) -> None:
+    """End a launch from outside, and its workers with it."""
+    # In good order where it still listens: it then gives back what it has reserved, which an elastic group that comes
+    # next would else wait for, up to three minutes.
+    with suppress(RayError):
+        ray.get(controller.abort.remote(), timeout=ABORT_S)
+    ray.kill(controller)
 
 
 def make_trainer(recipe: Recipe, folder: RunFolder, where: Where, desk: Any, notes: str, *, gpu: bool) -> Trainer:

@@ -26,7 +26,7 @@ def test_a_job_that_is_stopped_is_put_back_and_ends_as_if_it_had_not_been(tmp_pa
     from ray.util import get_node_ip_address
 
     # Long enough that the signal comes in the middle, whatever the machine.
-    recipe = tiny_recipe(tiny_npz, name="job", precision="fp64", encoder__steps=400, decoder=None, state__every=100)
+    recipe = tiny_recipe(tiny_npz, name="job", precision="fp64", encoder__steps=240, decoder=None, state__every=100)
     written = tmp_path / "recipe.yaml"
     written.write_text(dump_recipe(recipe))
     folder = RunFolder(tmp_path / "runs" / "job")

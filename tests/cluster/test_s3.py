@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +98,26 @@ def until(question: Callable[[], Any], process: subprocess.Popen[str], seconds: 
     return answer
 
 
+@contextmanager
+def slowed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """The process gets a tenth of its time."""
+    done = threading.Event()
+
+    def slow() -> None:
+        while not done.wait(0.05):
+            os.killpg(process.pid, signal.SIGSTOP)
+            done.wait(0.45)
+            os.killpg(process.pid, signal.SIGCONT)
+
+    thread = threading.Thread(target=slow)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
 def newest_whole(remote: Remote) -> int:
     """The step of the newest state that the storage lists; all that it lists must be there, and undamaged."""
     for _ in range(3):
@@ -130,7 +152,8 @@ def test_killed_here_it_goes_on_elsewhere(
     url = at_s3("a")["ARAE_RUNS"] + "/tiny"
     remote = Remote(url)
     until(lambda: newest_whole(remote), first)
-    said = ended(arae(place, at_s3("b"), "train", "r.yaml"), 2)
+    with slowed(first):  # or it may be done before the other has looked whether it is alive
+        said = ended(arae(place, at_s3("b"), "train", "r.yaml"), 2)
     assert f"another command is at work on this run, process {first.pid} on " in said
     assert until(lambda: newest_whole(remote) >= 15, first)
     os.killpg(first.pid, signal.SIGKILL)
@@ -222,6 +245,7 @@ def test_what_the_storage_refuses_is_one_line_without_secrets(
 
 WORKER = """
 import sys
+import threading
 from pathlib import Path
 from torch import distributed as dist
 from arae.errors import AraeError

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -158,3 +159,17 @@ def test_the_committed_tables_are_those_of_the_committed_results() -> None:
     assert all(set(c) <= set(each.seconds) for each in results for c in [{x.slow, x.fast} for x in each.comparisons])
     page = harness.README.read_text()
     assert page == with_tables(page, results)
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "bound"),
+    [
+        ("overhead", "full over bare", 1.03),
+        ("outage", "stopped over answers", 1.05),
+        ("outage", "hung over answers", 1.05),
+    ],
+)
+def test_records_that_are_kept_hold_what_is_promised(name: str, what: str, bound: float) -> None:
+    (record,) = [result for result in harness.read() if result.name == name]
+    (compared,) = [comparison for comparison in record.comparisons if comparison.what == what]
+    assert median(ratios(record, compared)) <= bound

@@ -151,6 +151,7 @@ def _end(thread: threading.Thread, desk: Any) -> None:
             if controller is not None:
                 end_controller(controller)
         thread.join(WATCH_S)
+    desk.begun.remote(None)  # the handle would keep the controller, and what it holds, for as long as the desk
 
 
 def _fit(trainer: Any, outcome: dict[str, Exception]) -> None:

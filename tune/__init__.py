@@ -1,1 +1,1 @@
-"""Searches over recipes: spaces and sweeps. Not built yet; the name is kept for them."""
+"""Searches over recipes: spaces, and what is best of what was tried. Sweeps are not built yet."""

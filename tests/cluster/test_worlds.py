@@ -1,4 +1,4 @@
-"""One, two, three and four workers compute the same training: same samples, same global batch, same micro-batches.
+"""One, two and four workers compute the same training: same samples, same global batch, same micro-batches.
 
 In float64, where rounding stays far below anything else that could differ: with batch norm, PGD, dropout, spectral norm
 and a discriminator. Adam has its usual betas here. With the paper's (0, 0.9) an update is nearly the sign of the newest
@@ -20,7 +20,7 @@ from arae.runs import RunFolder
 
 pytestmark = [pytest.mark.cluster, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 STEPS = 50
-WORLDS = (1, 2, 3, 4)
+WORLDS = (1, 2, 4)
 TOLERANCE = 1e-9
 
 
@@ -96,9 +96,10 @@ def test_a_state_goes_on_at_another_number_of_workers(
     assert_same(whole, train_on(after, recipe, tmp_path / "cut"))
 
 
-def test_a_group_of_three_goes_on_bit_for_bit(trained: Callable[[int], RunFolder], tmp_path: Path) -> None:
+def test_a_group_of_three_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """A ring of three sums each element in an order of its own, by its place in the bucket: the places must stay."""
-    recipe = recipe_of(make_tiny_npz(tmp_path))
-    train_on(3, recipe, tmp_path / "cut", steps=12)
+    recipe = recipe_of(make_tiny_npz(tmp_path)).replace({"encoder.steps": 12, "decoder.steps": 6})
+    whole = tensors(train_on(3, recipe, tmp_path / "whole"))
+    train_on(3, recipe, tmp_path / "cut", steps=7)
     again = tensors(train_on(3, recipe, tmp_path / "cut"))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in tensors(trained(3)).items())
+    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())

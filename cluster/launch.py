@@ -25,6 +25,7 @@ ANSWER_S = 60.0
 DEAF_S = 5.0  # without a whole group: there is none that a stop could reach
 TROUBLES = 3  # errors of Ray Train's own, in a row and without a group between them
 GRACE_S = 10.0  # for the group to end by itself once one of its workers has said how
+LET_GO_S = 5.0
 ENDING_S = 20.0  # for Ray Train to end once it is told to; its controller may just be starting
 LACKING_S, STARTING_S = 10.0, 60.0  # of waiting for workers, after which it is said: without room for them, and with it
 
@@ -151,7 +152,8 @@ def _end(thread: threading.Thread, desk: Any) -> None:
             if controller is not None:
                 end_controller(controller)
         thread.join(WATCH_S)
-    desk.begun.remote(None)  # the handle would keep the controller, and what it holds, for as long as the desk
+    with suppress(RayError):  # the handle would keep the controller, and what it holds, for as long as the desk
+        ray.get(desk.begun.remote(None), timeout=LET_GO_S)
 
 
 def _fit(trainer: Any, outcome: dict[str, Exception]) -> None:

@@ -21,6 +21,7 @@ AHEAD = 4  # pieces on their way at once; Arrow's client would take a whole file
 WHOLE = {"s3", "gs", "gcs", "abfs", "abfss"}  # schemes whose objects appear once they are complete
 _URL = re.compile(r"([a-z][a-z0-9+.-]+):/+(.+)", re.DOTALL)  # a Path has made one slash of two
 _SECRET = re.compile("key|secret|token|password", re.IGNORECASE)
+_GONE = re.compile(r"NO_SUCH_KEY|RESOURCE_NOT_FOUND during GetObject|NoSuchKey")
 _REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|NO_SUCH_BUCKET|UNRECOGNIZED_CLIENT|INVALID_CLIENT|EXPIRED_TOKEN|"
     r"HTTP status 40[13]|[Pp]ermission|[Cc]redential|[Nn]ot authorized|does not have storage",
@@ -230,6 +231,8 @@ class Remote:
         text = " ".join(str(error).split())[:300] or type(error).__name__
         for secret in filter(None, urlsplit(self.url).netloc.rpartition("@")[0].split(":")):
             text = text.replace(secret, "…").replace(unquote(secret), "…")
+        if _GONE.search(text):  # between the look whether it is there and the reading
+            raise FileNotFoundError(f"{self.shown}: {text}") from None
         if _REFUSED.search(text):
             raise InputError(f"{self.shown}: refused ({text}); check the bucket's name and the credentials") from None
         raise Away(f"{self.shown}: no answer ({text})") from None

@@ -126,15 +126,19 @@ class Desk:
         self._whole_at = clock()
         self._reached = self._raised_at = (False, -1)
         self._raised = 0
-        self._controller: Any = None
+        self._controller: tuple[Any, str] | None = None
 
-    def begun(self, controller: Any) -> None:
-        """Ray Train's controller is at work; `controller` is a handle to it."""
-        self._controller = controller
+    def begun(self, controller: Any, run: str) -> None:
+        """Ray Train's controller is at work; `controller` is a handle to it, `run` what Ray Train calls the launch."""
+        self._controller = controller, run
 
-    def controller(self) -> Any:
-        """A handle to the controller that began last; None where none has."""
+    def controller(self) -> tuple[Any, str] | None:
+        """The controller that began last, and its run; None where none has, or it is known to have ended."""
         return self._controller
+
+    def ended(self) -> None:
+        """The controller has ended: a handle would keep it, and what it holds, for as long as the desk."""
+        self._controller = None
 
     def register(self, member: Member) -> Greeting:
         """A worker begins. Raises nothing; the greeting says whether there is anything left to do."""

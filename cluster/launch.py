@@ -148,12 +148,12 @@ def _end(thread: threading.Thread, desk: Any) -> None:
     until = time.monotonic() + ENDING_S
     while thread.is_alive() and time.monotonic() < until:
         with suppress(RayError):
-            controller: Any = ray.get(desk.controller.remote(), timeout=ENDING_S)
-            if controller is not None:
-                end_controller(controller)
+            begun: Any = ray.get(desk.controller.remote(), timeout=ENDING_S)
+            if begun is not None:
+                end_controller(*begun)
         thread.join(WATCH_S)
-    with suppress(RayError):  # the handle would keep the controller, and what it holds, for as long as the desk
-        ray.get(desk.begun.remote(None), timeout=LET_GO_S)
+    with suppress(RayError):
+        ray.get(desk.ended.remote(), timeout=LET_GO_S)
 
 
 def _fit(trainer: Any, outcome: dict[str, Exception]) -> None:

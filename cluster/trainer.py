@@ -18,7 +18,6 @@ from arae.runs import RunFolder
 from cluster.watch import Watch
 from cluster.worker import loop
 
-ABORT_S = 5.0
 # Helpers that Ray Train starts with every group and that have nothing to do here. There is no Ray dataset; and what
 # clears away the placement group of a controller that was killed asks the dashboard, once a second: where none runs it
 # hangs, for ten seconds of every command's end. The group's place goes with the command in any case.
@@ -44,19 +43,20 @@ class Trainer(TorchTrainer):
                 self.desk = desk
 
             def after_controller_start(self, train_run_context: Any) -> None:
-                self.desk.begun.remote(ray.get_runtime_context().current_actor)
+                self.desk.begun.remote(ray.get_runtime_context().current_actor, train_run_context.run_id)
 
         kept = [c for c in super()._create_default_callbacks() if type(c).__name__ not in NEEDLESS]
         return [Handed(self._desk), *kept]
 
 
-def end_controller(controller: Any) -> None:
-    """End a launch from outside, and its workers with it."""
-    # In good order where it still listens: it then gives back what it has reserved, which an elastic group that comes
-    # next would else wait for, up to three minutes.
-    with suppress(RayError):
-        ray.get(controller.abort.remote(), timeout=ABORT_S)
+def end_controller(controller: Any, run: str) -> None:
+    """End a launch from outside, and its workers with it; `run` is Ray Train's name for it."""
     ray.kill(controller)
+    # What it has reserved would be kept for three minutes more, and an elastic group that comes next waits for it.
+    with suppress(ImportError, RayError):
+        from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
+
+        coordinator.TrainAutoscalingCoordinatorClient(f"train-{run}").cancel_resource_request()
 
 
 def make_trainer(recipe: Recipe, folder: RunFolder, where: Where, desk: Any, notes: str, *, gpu: bool) -> Trainer:

@@ -116,20 +116,12 @@ def _alone(folder: Path) -> None:
     keep(folder / "alone", images)
 
 
-def four_workers(rank: int, folder: Path) -> None:
+def every_stage(rank: int, folder: Path, name: str) -> None:
     alike()
     for stage in STAGES:
         trainer = gan_trainer(engine(zero(stage)), **SMOOTH)
         losses = trained(trainer, 0, FEW)
-        keep(folder / f"four workers {stage}", (losses, trainer.state()))
-
-
-def one_worker(rank: int, folder: Path) -> None:
-    alike()
-    for stage in STAGES:
-        trainer = gan_trainer(engine(zero(stage)), **SMOOTH)
-        losses = trained(trainer, 0, FEW)
-        keep(folder / f"one worker {stage}", (losses, trainer.state()))
+        keep(folder / f"{name} {stage}", (losses, trainer.state()))
 
 
 # --- the comparisons ----------------------------------------------------------------------------------------------
@@ -155,8 +147,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(trainer.state(), made / "four plain later")
     patch.undo()
     spawn(2, made, two_workers, made)
-    spawn(4, made, four_workers, made)
-    spawn(1, made, one_worker, made)
+    spawn(4, made, every_stage, made, "four workers")
+    spawn(1, made, every_stage, made, "one worker")
     return made
 
 

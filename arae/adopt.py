@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from arae.config import Recipe
 from arae.data.load import fingerprint
@@ -18,11 +19,18 @@ _ENCODERS = ("format", "image_shape", "classes", "train_norm", "train_eps", "enc
 
 
 def has_encoder(recipe: Recipe, folder: RunFolder) -> bool:
-    """Whether the run folder holds the finished encoder of this recipe, trained on these very images."""
+    """Whether the run folder holds the finished encoder of this recipe, trained on these very images.
+
+    Its training does not depend on the layer that is tapped.
+    """
     entry = (read_config(folder.model) or {}).get("encoder")
-    if entry is None or entry["digest"] != recipe.stage_digest("encoder"):
-        return False
-    return entry["images"] == fingerprint(recipe.data, "train")
+    return entry is not None and _is_of(recipe, entry) and entry["images"] == fingerprint(recipe.data, "train")
+
+
+def _is_of(recipe: Recipe, entry: dict[str, Any]) -> bool:
+    """Whether a finished encoder is the recipe's; one that was trained with no layer named is every layer's."""
+    anywhere = recipe.replace({"encoder.layer": None})
+    return entry["digest"] in (recipe.stage_digest("encoder"), anywhere.stage_digest("encoder"))
 
 
 def adopt_encoder(recipe: Recipe, folder: RunFolder, siblings: Iterable[Path]) -> Path | None:
@@ -35,12 +43,12 @@ def adopt_encoder(recipe: Recipe, folder: RunFolder, siblings: Iterable[Path]) -
         return None
     for path in siblings:
         other = RunFolder(path)
-        if path != folder.path and has_encoder(recipe, other) and _copied(other.model, folder.model):
+        if path != folder.path and has_encoder(recipe, other) and _copied(recipe, other.model, folder.model):
             return path
     return None
 
 
-def _copied(source: Path, target: Path) -> bool:
+def _copied(recipe: Recipe, source: Path, target: Path) -> bool:
     """Whether the encoder was copied: the weights first, so that a config names only what is there."""
     config = read_config(source)
     try:
@@ -51,7 +59,9 @@ def _copied(source: Path, target: Path) -> bool:
         return False
     target.mkdir(parents=True, exist_ok=True)
     write_bytes(target / "encoder.safetensors", data)
-    write_text(target / "config.json", json.dumps({key: config[key] for key in _ENCODERS}, indent=1))
+    own = {"digest": recipe.stage_digest("encoder"), "layer": recipe.encoder.layer or config["encoder"]["layer"]}
+    kept = {key: config[key] for key in _ENCODERS} | {"encoder": config["encoder"] | own}
+    write_text(target / "config.json", json.dumps(kept, indent=1))
     return True
 
 

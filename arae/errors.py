@@ -13,6 +13,10 @@ class InputError(AraeError):
     exit_code = 2
 
 
+class Busy(InputError):  # noqa: N818 -- it is a state, not a fault
+    """Another command is at work on the run."""
+
+
 class Stopped(AraeError):  # noqa: N818 -- it is a state, not a fault
     """Stopped with a good state on disk: the same command goes on from it."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import Literal
@@ -23,6 +23,8 @@ from arae.train.run import train
 from arae.train.state import list_states
 
 PLACEMENTS = ("pack", "spread")
+Stop = Callable[[], bool]
+"""A question whether to save and end."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,10 @@ def parse_workers(text: str) -> tuple[int, int | None]:
     return int(least), None if most is None else int(most)
 
 
-def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) -> None:
+def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, stop: Stop | None = None) -> None:
     """Train the recipe into its run folder, which `session` holds; returns when it is trained.
+
+    `stop` is asked whether to save and end; by default, whether a signal came to this process.
 
     Raises what `arae.train.run.train` raises, wherever it was raised; with workers also what `cluster.launch` adds.
     """
@@ -123,7 +127,7 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) 
     for what, part in parts:  # said here, before a cluster is started for it; of a group that changes, of every size
         for workers in range(least, (where.most or least) + 1):
             check_share(part.batch // part.micro, workers, what, recipe.engine)
-    with stop_requested() as stop:
+    with nullcontext(stop) if stop is not None else stop_requested() as stop:
         if where.workers is None:
             train(recipe, folder, where.torch_device(), listener, stop)
         else:
@@ -133,7 +137,7 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener) 
 
 
 @contextmanager
-def stop_requested() -> Iterator[Callable[[], bool]]:
+def stop_requested() -> Iterator[Stop]:
     """A question whether Ctrl-C or SIGTERM came; a second Ctrl-C interrupts at once."""
     asked = False
 

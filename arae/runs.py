@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from arae.config import Recipe, dump_recipe
-from arae.errors import InputError
+from arae.errors import Busy
 from arae.files import write_text
 from arae.storage.place import runs_root
 
@@ -78,13 +78,13 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder against a second command; InputError where another holds it."""
+        """Hold the folder against a second command; Busy where another holds it."""
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("w") as file:
             until = time.monotonic() + LOOKED_AT_S
             while not _is_taken(file):
                 if time.monotonic() > until:
-                    raise InputError(f"{self.path}: another command is at work on this run; wait for it or stop it")
+                    raise Busy(f"{self.path}: another command is at work on this run; wait for it or stop it")
                 time.sleep(0.02)
             yield
 

@@ -10,16 +10,16 @@ import torch
 
 from arae.config import Recipe
 from arae.evaluate import evaluate
-from arae.launch import Where, launch, refuse_another
+from arae.launch import Stop, Where, launch, refuse_another
 from arae.monitor.events import ending
 from arae.monitor.progress import Progress
 from arae.records import Record
 from arae.runs import RunFolder, runs_root
 from arae.storage import Shared, need_tracking_server, shared
-from arae.tracking import Tracker
+from arae.tracking import Family, Tracker
 from arae.tracking.mirror import log_note
 from arae.train.faults import storage_told
-from arae.train.log import Event
+from arae.train.log import Event, Listener
 
 
 @dataclass
@@ -38,14 +38,18 @@ class Session:
         self.progress(event)
         self.tracker(event)
 
-    def train(self, where: Where) -> None:
-        """Train what is not trained yet."""
+    def train(self, where: Where, listener: Listener | None = None, stop: Stop | None = None) -> None:
+        """Train what is not trained yet.
+
+        `listener` hears the events as well; `stop` is asked whether to save and end, in place of listening for signals.
+        """
+        heard = self.listen if listener is None else both(self.listen, listener)
         if where.workers is None:
             self.shared.bring_states()
-            launch(self.recipe, self.folder, where, self.listen)
+            launch(self.recipe, self.folder, where, heard, stop)
             return
         with self.shared.lent():
-            launch(self.recipe, self.folder, where, self.listen)
+            launch(self.recipe, self.folder, where, heard, stop)
 
     def evaluate(self, device: torch.device) -> list[Record]:
         """Measure, and mirror the records."""
@@ -54,14 +58,27 @@ class Session:
         return records
 
 
+def both(first: Listener, second: Listener) -> Listener:
+    """A listener that hands an event to two."""
+
+    def hand_on(event: Event) -> None:
+        first(event)
+        second(event)
+
+    return hand_on
+
+
 @contextmanager
-def session(recipe: Recipe, parent: str | None = None, *, trained: bool = False) -> Iterator[Session]:
+def session(
+    recipe: Recipe, parent: str | None = None, *, trained: bool = False, family: Family | None = None
+) -> Iterator[Session]:
     """Hold the recipe's run folder: resolved recipe written, progress shown, MLflow fed; all closed in the end.
 
     `parent`: name of the run that MLflow shows this one under. `trained`: leave the folder's `recipe.yaml`, which says
-    what was trained, as it is: one evaluation in another way must not become the way of all later ones.
+    what was trained, as it is: one evaluation in another way must not become the way of all later ones. `family`: what
+    MLflow shows this run among.
 
-    Raises InputError where the folder holds another recipe's training, or another command is at work on it.
+    Raises InputError where the folder holds another recipe's training, Busy where another command is at work on it.
     """
     root = runs_root()
     folder = RunFolder.of(recipe, root)
@@ -73,7 +90,7 @@ def session(recipe: Recipe, parent: str | None = None, *, trained: bool = False)
         with (
             ending(folder.log),
             Progress(folder) as progress,
-            Tracker(folder, recipe, root, parent=parent, note=progress.note) as tracker,
+            Tracker(folder, recipe, root, parent=parent, family=family, note=progress.note) as tracker,
         ):
             place.tell(progress.note)
             yield Session(recipe, folder, progress, tracker, place)

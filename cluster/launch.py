@@ -45,8 +45,9 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
 
     from cluster.trainer import make_trainer
 
-    for number, handler in handlers.items():  # Ray has put its own in their place, which save nothing
-        signal.signal(number, handler)
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray has put its own in their place, which save nothing
+            signal.signal(number, handler)
     desk = open_desk()
     with tempfile.TemporaryDirectory(prefix="arae-ray-") as notes:  # Ray's own, which nothing here goes by
         gpu = wants_gpu(where, ray.cluster_resources(), alone=address_of(where) is None)

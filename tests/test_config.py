@@ -360,7 +360,7 @@ OTHER: dict[str, Any] = {
     "decoder.comparator.name": "vgg16", "decoder.comparator.weights": "vgg16.pt", "decoder.comparator.layer": "conv2",
     "decoder.augment": [],
     "decoder.discriminator_lr": 0.1, "decoder.betas": [0.5, 0.9], "decoder.weight_decay": 0.1, "decoder.ema": 0.9,
-    "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.lpips": None,
+    "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.looks": 4, "evaluate.lpips": None,
     "evaluate.lpips_weights": "w", "evaluate.protocol": "upscale", "evaluate.factors": [1, 4], "evaluate.images": "x",
     "evaluate.tile": 64, "evaluate.inversion.steps": 5, "evaluate.inversion.step_size": 0.5,
     "evaluate.inversion.start": "other", "state.every": 7, "state.keep": 3, "map.radii": [0, 1],
@@ -396,7 +396,7 @@ def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]
     assert "kind" not in document["encoder"]["attack"]
-    assert not {"protocol", "factors", "images", "tile", "inversion"} & set(document["evaluate"])
+    assert not {"protocol", "factors", "images", "tile", "inversion", "looks"} & set(document["evaluate"])
 
 
 def test_the_demo_has_the_digests_it_always_had() -> None:

@@ -13,6 +13,7 @@ A space is a YAML file:
       decoder.losses.feature: {log-uniform: [1e-4, 1e-1], when: {loss: pixel+feature}}
       decoder.lr: {choice: [1e-3, 3e-3]}                          # one of them, drawn
       seed: {grid: [1, 2]}
+    search: {samples: 3}                                          # `tune.settings.Search`
 
 `grid` axes are crossed; `choice`, `uniform` and `log-uniform` are drawn anew for each sample of each crossing. An axis
 with `when` is there only where the axes before it, grid or choice, have the values named.
@@ -22,6 +23,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -34,8 +36,9 @@ from pydantic import Field, model_validator
 
 from arae.config import Recipe
 from arae.config.base import Part
-from arae.config.document import checked
+from arae.config.document import checked, set_key
 from arae.errors import InputError
+from tune.settings import Search
 
 SPACES = Path(__file__).parent / "spaces"
 LIMIT = 10_000
@@ -135,6 +138,8 @@ class Space(Part):
     """Overrides that every trial has."""
     axes: dict[str, Axis]
     """What is varied, by dotted key or by name."""
+    search: Search = Search()
+    """In which order, for how long, and by what it is judged; on the command line as `search.trials=24`."""
 
     @model_validator(mode="after")
     def _conditions_look_up(self) -> Self:
@@ -233,8 +238,16 @@ def shipped_spaces() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SPACES.glob("*.yaml"))}
 
 
-def load_space(name_or_path: str | Path, recipe: Recipe) -> Space:
-    """A shipped space by name, or a YAML file, checked against the recipe to vary; InputError where wrong."""
+def space_name(name_or_path: str) -> str:
+    """What a sweep of a space is called after it: the space's name, or its file's."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", Path(name_or_path).stem)
+
+
+def load_space(name_or_path: str | Path, recipe: Recipe, search: Mapping[str, Any] | None = None) -> Space:
+    """A shipped space by name, or a YAML file, checked against the recipe to vary; InputError where wrong.
+
+    search: dotted keys of the space's `search`, and what they are set to.
+    """
     known = shipped_spaces()
     path = known.get(str(name_or_path), Path(name_or_path))
     try:
@@ -249,6 +262,8 @@ def load_space(name_or_path: str | Path, recipe: Recipe) -> Space:
     if isinstance(axes := document.get("axes"), dict):  # one by one, for errors that name the place
         made = {str(name): checked(Axis, axis, where=f"space {path.stem}: axes.{name}") for name, axis in axes.items()}
         document = {**document, "axes": made}
+    for key, value in (search or {}).items():
+        set_key(document, key, value)
     space = checked(Space, document, where=f"space {path.stem}")
     try:
         space.check(recipe)

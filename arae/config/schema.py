@@ -52,7 +52,7 @@ class Inversion(Part):
 class Evaluate(Part):
     """What is measured on the held-out images."""
 
-    later = frozenset({"protocol", "factors", "images", "tile", "inversion"})
+    later = frozenset({"protocol", "factors", "images", "tile", "inversion", "looks"})
 
     protocol: Literal["map", "reconstruction", "robustness", "upscale", "high-resolution", "inversion"] = "map"
     """`map`: robustness and reconstruction. `reconstruction` or `robustness`: that alone. `upscale`: reconstructions of
@@ -72,6 +72,9 @@ class Evaluate(Part):
     or what memory allows."""
     inversion: Inversion = Inversion()
     """For `inversion`: how the images are optimised."""
+    looks: Count | None = None
+    """While training, looks at a few held-out images in each stage, evenly over its steps; default: after epochs, about
+    ten times a stage."""
     lpips: Literal["alex", "vgg", "squeeze"] | None = "alex"
     """Backbone of LPIPS; null leaves it out."""
     lpips_weights: str | None = None

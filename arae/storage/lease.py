@@ -16,7 +16,7 @@ import uuid
 from contextlib import suppress
 from typing import Any
 
-from arae.errors import AraeError, InputError
+from arae.errors import AraeError, Busy
 from arae.storage.remote import Remote
 
 NAME = ".lease.json"
@@ -40,10 +40,10 @@ class Lease:
         self._given_back = threading.Event()
 
     def take(self) -> None:
-        """InputError where another command holds it; one that died is waited for, at most half a minute."""
+        """Busy where another command holds it; one that died is waited for, at most half a minute."""
         found = self._read()
         if found is not None and self._alive(found):
-            raise InputError(
+            raise Busy(
                 f"{self.remote.shown}: another command is at work on this run, process {found.get('pid')} on "
                 f"{found.get('host')}; wait for it or stop it"
             )

@@ -7,6 +7,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
 from statistics import median
 from typing import Any
@@ -21,8 +22,22 @@ LONGEST_VALUE = 5000  # characters; MLflow takes 6000 in a parameter, 8000 in a 
 MOST_WORKERS = 16  # that have series of their own; of more, least, middle and most
 
 
-def opening(recipe: Recipe, parent: str | None) -> list[Operation]:
-    """What opens a run: itself, its parameters (what differs from the recipe's base) and its tags."""
+@dataclass(frozen=True)
+class Family:
+    """How MLflow shows a run of many that belong together."""
+
+    experiment: str
+    name: str
+    """Of the run."""
+    params: Mapping[str, Any]
+    """All its parameters: what tells it from the others. With more, the UI's parallel coordinates can't be read."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    delivered: bool = True
+    """Whether this process sends it; else whoever leads the family does, by `send_pending`."""
+
+
+def opening(recipe: Recipe, parent: str | None, family: Family | None = None) -> list[Operation]:
+    """What opens a run: itself, its parameters (what differs from the recipe's base, or the family's) and its tags."""
     attack = recipe.encoder.attack
     tags = {
         "recipe": recipe.base or recipe.name,
@@ -34,8 +49,10 @@ def opening(recipe: Recipe, parent: str | None) -> list[Operation]:
         "dataset": recipe.data.name,
     }
     digests = {"encoder": recipe.stage_digest("encoder"), "decoder": recipe.stage_digest("decoder")}
-    run = {"op": "run", "name": recipe.name, "experiment": recipe.name.split("/")[0], "parent": parent}
-    params = [{"op": "param", "key": key, "value": text(value)} for key, value in difference(recipe).items()]
+    family = family or Family(recipe.name.split("/")[0], recipe.name, difference(recipe))
+    tags |= family.tags
+    run = {"op": "run", "name": family.name, "experiment": family.experiment, "parent": parent}
+    params = [{"op": "param", "key": key, "value": text(value)} for key, value in family.params.items()]
     return [
         run | {"digests": digests, "time": milliseconds(time.time())},
         *params,

@@ -25,6 +25,7 @@ from arae.runs import RunFolder
 from arae.tracking.journal import RESTARTS, Card, Journal, Operation
 from arae.tracking.mirror import CARD, PENDING, Note, Sender, first_line, log_note
 from arae.tracking.operations import (
+    Family,
     metric_name,
     metrics,
     milliseconds,
@@ -50,6 +51,7 @@ class Tracker:
     """A listener for the loop's events that mirrors one run folder to one MLflow run, over any number of restarts.
 
     `parent` is the run folder of the parent, relative to `runs_root` (`"demo"`); its MLflow run is made if missing.
+    `family`: what MLflow shows the run among, where its name and recipe do not say it.
     Without MLflow, or with `enabled=False`, every call does nothing.
     `note` is told, in words and perhaps from another thread, when the server goes away and when it is back.
     """
@@ -61,6 +63,7 @@ class Tracker:
         runs_root: Path,
         *,
         parent: str | None = None,
+        family: Family | None = None,
         enabled: bool = True,
         note: Note = log_note,
     ) -> None:
@@ -70,17 +73,18 @@ class Tracker:
         self._sender = Sender(folder.path, runs_root, note)
         self._wake, self._closing = threading.Event(), threading.Event()
         self._thread: threading.Thread | None = None
-        self._dataset = recipe.data.name
+        self._dataset, self._family = recipe.data.name, family
         self._card = Card.load(folder.path / CARD)
         if not self.enabled:
             return
         for operation in self._journal.all():
             self._card.absorb(operation)
-        self._add(*opening(recipe, parent))
+        self._add(*opening(recipe, parent, family))
         if folder.recipe.is_file():
             self.log_artifact(folder.recipe)
-        self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
-        self._thread.start()
+        if family is None or family.delivered:
+            self._thread = threading.Thread(target=self._deliver, name="mlflow", daemon=True)
+            self._thread.start()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Mirror one event of the loop; an event that isn't understood is passed over."""
@@ -100,7 +104,7 @@ class Tracker:
             (eps,) = radii
             self._add(
                 metrics({"train_eps": eps}, 0, min(milliseconds(record.time) for record in records)),
-                {"op": "param", "key": "train_eps", "value": f"{eps:g}"},
+                *([{"op": "param", "key": "train_eps", "value": f"{eps:g}"}] if self._family is None else []),
             )
         if self.folder.records.is_file():
             self.log_artifact(self.folder.records)
@@ -113,11 +117,11 @@ class Tracker:
 
     def close(self, status: Status = "FINISHED", timeout: float = CLOSING_S) -> bool:
         """End the MLflow run; waits at most `timeout` seconds. Returns whether MLflow has heard all of it."""
-        if self._thread is None:
-            return not self.enabled
-        if not self._closing.is_set():
+        if self.enabled and not self._closing.is_set():
             self._add({"op": "end", "status": status, "time": milliseconds(time.time())})
         self._closing.set()
+        if self._thread is None:
+            return not self.enabled
         self._wake.set()
         self._thread.join(timeout)
         done = not self._journal.path.exists()

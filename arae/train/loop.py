@@ -148,9 +148,12 @@ def refuse_no_number(trainer: Trainer, run: Fit, course: Course, meter: Meter) -
 
 
 def ends_epoch(run: Fit, done: int) -> bool:
-    """Whether to validate after this step: at the stage's end, and after epochs, about ten times in a stage."""
+    """Whether to validate after this step: at the stage's end, and as often as the recipe says, or after epochs, about
+    ten times in a stage."""
     if done == run.total:
         return True
+    if (looks := run.recipe.evaluate.looks) is not None:
+        return done * looks // run.total > (done - 1) * looks // run.total
     n, batch = run.source.n, run.part.batch
     every = max(1, run.total * batch // n // 10)
     return (done * batch // n) // every > ((done - 1) * batch // n) // every

@@ -1,0 +1,121 @@
+"""What the driver hears of its trials: the journal kept, people told."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from arae.session import Session
+from tune.journal import Entry
+from tune.search import Points
+from tune.space import Space
+from tune.store import outcome_of, stages_of
+from tune.words import ended_words
+
+
+class Book:
+    """Hears Ray Tune's word on trials; keeps the journal and tells people."""
+
+    def __init__(self, points: Points, run: Session, space: Space) -> None:
+        self.points, self.run, self.space = points, run, space
+        self._at: dict[str, str] = {}
+        self._shown = ""
+
+    def heard(self, entry: Entry, result: Mapping[str, Any]) -> None:
+        """A trial's word on a stage."""
+        if "outcome" in result:
+            entry.stages = [one for one in entry.stages if one["stage"] != result["stage"]] + [dict(result["outcome"])]
+        if "stage" in result:
+            self._at[entry.id] = f"{result['stage']} {result['step']}/{result['steps']}"
+
+    def completed(self, entry: Entry, result: Mapping[str, Any]) -> None:
+        """A trial ended: at its end, or on a rung."""
+        if "objectives" in result:
+            entry.state, entry.objectives = "finished", dict(result["objectives"])
+        else:
+            entry.state = "stopped"
+            entry.reason = f"its {result.get('stage')} at step {result.get('step')}"
+            entry.stages += self._cut(entry, result)
+        self._ended(entry)
+
+    def failed(self, entry: Entry, reason: str) -> None:
+        """A trial failed for good."""
+        entry.state, entry.reason = "failed", reason
+        self._ended(entry)
+
+    def tried_again(self, entry: Entry, reason: str) -> None:
+        """A trial failed, and begins anew from its newest state."""
+        self.run.progress.note(f"{self.points.recipe_of(entry)[0].label}: tried again after {reason}")
+
+    def show(self) -> None:
+        """Say how far the sweep has come."""
+        entries = self.points.entries.values()
+        done = sum(entry.state is not None for entry in entries)
+        total = self.space.search.trials or max(len(entries), len(self._all()))
+        at_work = "; ".join(f"{self.points.entries[i].number + 1}: {at}" for i, at in self._at.items())
+        self.run.progress.task("trials", done, max(total, done + len(self._at)), at_work)
+
+    def _all(self) -> range:
+        search = self.space.search
+        if search.kind != "grid":
+            return range(0)
+        return range(self._crossings * (search.samples if self.space.drawn else 1))
+
+    @property
+    def _crossings(self) -> int:
+        if not hasattr(self, "_counted"):
+            self._counted = sum(1 for _ in self.space.crossings())
+        return self._counted
+
+    def _cut(self, entry: Entry, result: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """What the stage took that a trial was cut short in."""
+        _, recipe = self.points.recipe_of(entry)
+        stage = next((one for one in stages_of(recipe) if one.key == result.get("key")), None)
+        if stage is None:
+            return []
+        return [asdict(replace(outcome_of(stage), trained=True, steps=int(result["step"])))]
+
+    def _ended(self, entry: Entry) -> None:
+        self._at.pop(entry.id, None)
+        self.points.ended(entry)
+        self.run.progress.note(ended_words(entry, self.points.recipe_of(entry)[0]))
+
+
+def callback(book: Book) -> Any:
+    """The book as a callback of Ray Tune's."""
+    from ray.tune import Callback
+
+    def entry_of(trial: Any) -> Entry:
+        return book.points.entries[trial.config["task"]["id"]]
+
+    class Told(Callback):
+        def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
+            book.heard(entry_of(trial), result)
+
+        def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            book.completed(entry_of(trial), trial.last_result)
+
+        def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            book.tried_again(entry_of(trial), _reason(trial))
+
+        def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+            book.failed(entry_of(trial), _reason(trial))
+
+        def __reduce__(self) -> Any:  # Ray Tune keeps a copy of everything, to restore what we do not let it restore
+            return dict, ()
+
+    return Told()
+
+
+def _reason(trial: Any) -> str:
+    """Why a trial failed, in one line."""
+    error = trial.get_pickled_error() or trial.get_error()
+    cause = getattr(error, "cause", None) or error
+    return last_line(cause) if cause is not None else "its process was killed"
+
+
+def last_line(error: object) -> str:
+    """What an error says, the last line of it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

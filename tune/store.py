@@ -1,0 +1,245 @@
+"""Stages that are shared: each is trained and measured once, in a run folder named by all that it depends on.
+
+`<runs>/stages/encoder-<key>` and `decoder-<key>` are ordinary run folders. Whoever needs a stage first trains it; who
+needs it meanwhile waits for the folder's lock, and takes over from its newest state where the first one dies. What was
+measured of a stage lies in its folder's `evaluated/<key>.jsonl`, the key telling of all that the values depend on.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from arae.adopt import adopt_encoder, finished
+from arae.config import Recipe, digest_of
+from arae.data.load import fingerprint
+from arae.errors import AraeError, Busy, InputError
+from arae.files import write_text
+from arae.launch import Stop, Where
+from arae.models.autoencoder import read_config
+from arae.monitor.events import read_events
+from arae.records import Record, read_records, write_records
+from arae.runs import RunFolder
+from arae.session import Session, session
+from arae.storage import fetched
+from arae.tracking import Family
+from arae.train.log import Listener
+from arae.train.state import list_states
+
+Name = Literal["encoder", "decoder"]
+Measure = Callable[[Recipe, RunFolder], list[Record]]
+
+FOLDER = "stages"
+EVALUATED = "evaluated"
+WAIT_S = 1.0
+SAID_S = 60.0
+"""Seconds between words on what is waited for."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of a trip, as the store knows it."""
+
+    name: Name
+    key: str
+    """Hash of all that its training depends on."""
+    recipe: Recipe
+    """What its folder holds: of an encoder no decoder, and no layer."""
+    group: str
+    """Whom it may be compared with: encoders of one radius, norm and seed; decoders on one encoder."""
+    evaluation: Recipe | None
+    """What is measured of it, as a recipe; None: nothing."""
+
+    @property
+    def folder(self) -> RunFolder:
+        """Where it lies."""
+        return RunFolder.of(self.recipe)
+
+    @property
+    def measured(self) -> Path | None:
+        """The file of what is measured of it, for this evaluation."""
+        if self.evaluation is None:
+            return None
+        document = [self.evaluation.evaluate.digested(), self.evaluation.precision, _images(self.recipe, "test")]
+        return self.folder.path / EVALUATED / f"{digest_of(document)[:16]}.jsonl"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage came to be there."""
+
+    stage: Name
+    key: str
+    trained: bool
+    """Whether any of its steps were taken for this trial."""
+    measured: bool
+    steps: int
+    seconds: float
+    """Of its training, whoever paid for it."""
+    workers: int
+    evaluation_s: float
+
+    @property
+    def device_hours(self) -> float:
+        """Of its training: workers times hours."""
+        return self.workers * self.seconds / 3600
+
+
+def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
+    """The stages of a recipe's trip: the encoder's and, where it has one, the decoder's."""
+    alone = {"base": None, "map": None}
+    bare = recipe.replace({**alone, "encoder.layer": None, "decoder": None})
+    encoder = _key(bare, "encoder")
+    attack = recipe.encoder.attack
+    group = digest_of(["encoder", attack.norm if attack.eps else None, attack.eps, recipe.seed])[:16]
+    protocol = recipe.evaluate.protocol
+    classified = bare.replace({"evaluate.protocol": "robustness"}) if protocol in ("map", "robustness") else None
+    first = Stage("encoder", encoder, _named(bare, "encoder", encoder), group, classified)
+    if recipe.decoder is None:
+        return (first,)
+    whole = recipe.replace(alone)
+    decoder = _key(whole, "decoder")
+    shown = protocol if protocol != "map" else "reconstruction"
+    # Under attack nothing is reconstructed: with the attacks left out, all sets of attacks share what is measured.
+    looked = whole.replace({"evaluate.protocol": shown, "evaluate.attacks": []}) if protocol != "robustness" else None
+    return first, Stage("decoder", decoder, _named(whole, "decoder", decoder), encoder, looked)
+
+
+def _named(recipe: Recipe, name: Name, key: str) -> Recipe:
+    return recipe.replace({"name": f"{FOLDER}/{name}-{key}"})
+
+
+def _key(recipe: Recipe, name: Name) -> str:
+    parts = [recipe.stage_digest(name), _images(recipe, "train"), recipe.precision, recipe.engine.kind]
+    stages = [recipe.encoder] if recipe.decoder is None else [recipe.encoder, recipe.decoder]
+    if any(stage.export == "best" for stage in stages):  # then held-out images choose the weights
+        parts += [_images(recipe, "test"), str(recipe.evaluate.looks)]
+    return digest_of(parts)[:16]
+
+
+def _images(recipe: Recipe, split: Literal["train", "test"]) -> str:
+    """The images' fingerprint; where they are not at hand (as for a plan), their name."""
+    try:
+        return fingerprint(recipe.data, split)
+    except InputError:
+        return f"{recipe.data.name}, which is not at hand"
+
+
+@dataclass(frozen=True)
+class Work:
+    """With what a trial's stages are trained and measured."""
+
+    where: Where
+    parent: str
+    """Run folder of the trial, which MLflow shows new stages under; relative to the folder of the runs."""
+    experiment: str
+    measure: Measure
+    listener: Listener
+    """Hears the events of stages that are trained here."""
+    note: Callable[[str], None]
+    stop: Stop
+
+    def ensure(self, stage: Stage) -> tuple[Outcome, list[Record]]:
+        """The stage trained and measured, by whomever.
+
+        Raises what training and measuring raise; a failure of another trial's is not inherited: the stage is tried here
+        as well, from its newest state.
+        """
+        waited = said = time.monotonic()
+        while True:
+            if found := self._there(stage):
+                return found
+            try:
+                with session(stage.recipe, self.parent, family=self._family(stage)) as run:
+                    trained = self._trained(stage, run)
+                    measured, seconds = self._measured(stage, run)
+                outcome, records = outcome_of(stage, seconds), _records(stage)
+                return replace(outcome, trained=trained, measured=measured), records
+            except Busy:
+                if self.stop():
+                    raise
+                if time.monotonic() - said > SAID_S:
+                    said = time.monotonic()
+                    self.note(f"waiting for {stage.recipe.name}, which another trial trains ({said - waited:.0f} s)")
+                time.sleep(WAIT_S)
+
+    def _there(self, stage: Stage) -> tuple[Outcome, list[Record]] | None:
+        """The stage, where nothing is left to do for it."""
+        if not is_trained(stage) or (stage.measured is not None and not stage.measured.is_file()):
+            return None
+        return outcome_of(stage), _records(stage)
+
+    def _trained(self, stage: Stage, run: Session) -> bool:
+        """Train it unless somebody has in the meantime."""
+        if is_trained(stage):
+            return False
+        if stage.name == "decoder":
+            encoder = stages_of(stage.recipe)[0].folder.path
+            fetched(encoder)
+            if adopt_encoder(stage.recipe, run.folder, [encoder]) is None and not read_config(run.folder.model):
+                raise AraeError(f"{encoder}: its encoder is not there any more; run the same command again")
+        run.train(self.where, self.listener, self.stop)
+        return True
+
+    def _measured(self, stage: Stage, run: Session) -> tuple[bool, float]:
+        if stage.evaluation is None or stage.measured is None or stage.measured.is_file():
+            return False, 0.0
+        begun = time.monotonic()
+        records = self.measure(stage.evaluation.replace({"name": stage.recipe.name}), run.folder)
+        run.tracker.log_records(records)
+        stage.measured.parent.mkdir(exist_ok=True)
+        write_records(stage.measured, records)
+        seconds = time.monotonic() - begun
+        write_text(stage.measured.with_suffix(".seconds"), f"{seconds:.3f}\n")
+        return True, seconds
+
+    def _family(self, stage: Stage) -> Family:
+        tags = {"stage": stage.name, "key": stage.key}
+        return Family(self.experiment, f"{stage.name} {stage.key[:8]}", {}, tags, delivered=False)
+
+
+def is_trained(stage: Stage) -> bool:
+    """Whether the store has the stage's weights."""
+    folder = RunFolder(fetched(stage.folder.path))
+    return folder.recipe.is_file() and finished(stage.recipe, folder)
+
+
+def outcome_of(stage: Stage, evaluation_s: float | None = None) -> Outcome:
+    """What the store knows of a stage that is there, or begun."""
+    config = (read_config(stage.folder.model) or {}).get(stage.name)
+    training = (config or {}).get("training", {})
+    states = [state for state in list_states(stage.folder.state) if state.stage == stage.name]
+    if evaluation_s is None:
+        evaluation_s = _seconds(stage)
+    return Outcome(
+        stage.name,
+        stage.key,
+        trained=False,
+        measured=False,
+        steps=int(config["steps"]) if config else max((state.step for state in states), default=0),
+        seconds=float(training.get("seconds", 0.0)),
+        workers=int(training.get("world_size", 1)),
+        evaluation_s=evaluation_s,
+    )
+
+
+def times_trained(folder: RunFolder, stage: Name) -> int:
+    """How often this stage's training came to its end in a folder of the store; more than once is waste."""
+    events = read_events(folder.log)
+    return sum(e.get("event") == "stage" and e.get("stage") == stage and e.get("state") == "finished" for e in events)
+
+
+def _records(stage: Stage) -> list[Record]:
+    return read_records(stage.measured) if stage.measured is not None and stage.measured.is_file() else []
+
+
+def _seconds(stage: Stage) -> float:
+    if stage.measured is None:
+        return 0.0
+    try:
+        return float(stage.measured.with_suffix(".seconds").read_text())
+    except (OSError, ValueError):
+        return 0.0

@@ -1,0 +1,170 @@
+"""A sweep, from the driver's side: Ray Tune runs the trials, the sweep's journal keeps what counts, MLflow is told."""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import yaml
+
+from arae.check import check
+from arae.config import Recipe, digest_of
+from arae.errors import AraeError, InputError, Stopped
+from arae.files import write_text
+from arae.launch import Where, stop_requested
+from arae.runs import RunFolder
+from arae.session import Session, session
+from arae.tracking import Family
+from tune.book import Book, callback, last_line
+from tune.delivery import Delivery
+from tune.journal import Entry, Journal
+from tune.results import SPACE, read_space
+from tune.rungs import Rungs, StageASHA
+from tune.search import Points, id_of, points_of, searcher
+from tune.side import Side
+from tune.space import Space
+from tune.trial import STOP, run_trial
+from tune.words import standing
+
+POLL = 0.5
+GRACE_S = 60.0
+"""For trials that were asked to end, to save and do so."""
+
+
+def sweep(recipe: Recipe, space: Space, where: Where, jobs: int | None = None) -> RunFolder:
+    """Run every trial that is not finished yet, `jobs` at a time; returns the sweep's run folder.
+
+    `recipe.name` is the sweep's. The same call goes on from where an earlier one ended, however it did.
+
+    Raises InputError for what no trial could do, or a folder that holds another sweep; Stopped where it was stopped, or
+    Ray went away; AraeError where no trial came to its end.
+    """
+    recipe = prepared(recipe, space)
+    refuse_another_sweep(recipe, space)
+    check_all(recipe, space, where)
+    family = Family(recipe.name, recipe.name, {}, {"stage": "sweep", "space": space.about or "a space of its own"})
+    with stop_requested() as stop, session(recipe, family=family) as run:
+        document = space.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+        write_text(run.folder.path / SPACE, yaml.safe_dump(document, sort_keys=False))
+        journal = Journal(run.folder.path)
+        journal.add("command", state="begun")
+        try:
+            with Delivery(run.folder.path, run.progress.note):
+                points = points_of(space, space.search, recipe, journal, run.folder.path)
+                _run(Side(recipe, where, jobs), space, points, run, journal, stop)
+        finally:
+            journal.add("command", state="ended")
+    return run.folder
+
+
+def prepared(recipe: Recipe, space: Space) -> Recipe:
+    """The recipe that the trials vary: no map of its own; looked at often enough for every rung to be met."""
+    changes: dict[str, Any] = {"map": None}
+    if space.search.early_stop is not None:
+        changes["evaluate.looks"] = max(recipe.evaluate.looks or 0, space.search.early_stop.looks)
+    return recipe.replace(changes)
+
+
+def check_all(recipe: Recipe, space: Space, where: Where) -> None:
+    """InputError for networks, layers or data that could not be trained, before anything is; each kind once."""
+    seen = set[str]()
+    for point in space.crossings():
+        made = space.recipe(recipe, point)
+        kind = made.replace({"seed": 0, "encoder.attack.eps": 0, "encoder.attack.norm": None, "evaluate.attacks": []})
+        if (digest := digest_of(kind.digested())) not in seen:
+            seen.add(digest)
+            list(check(made, where.worker_device()))
+
+
+def refuse_another_sweep(recipe: Recipe, space: Space) -> None:
+    """InputError where the sweep's folder holds one of another recipe or space. The search may change: budgets grow."""
+    folder = RunFolder.of(recipe)
+    again = "give this one another name=… or delete the folder"
+    if (folder.path / SPACE).is_file():
+        old = read_space(folder.path)
+        if (old.axes, old.fixed) != (space.axes, space.fixed):
+            raise InputError(f"{folder.path} holds a sweep of another space (its axes differ); {again}")
+    for entry in Journal(folder.path).entries().values():
+        if id_of(space.recipe(recipe, space.point(entry.values))) != entry.id:
+            raise InputError(f"{folder.path} holds a sweep of another recipe; {again}")
+
+
+def _run(side: Side, space: Space, points: Points, run: Session, journal: Journal, stop: Callable[[], bool]) -> None:
+    run.progress.note(f"{points.recipe.name}: {standing(points.entries.values(), space, side.jobs)}")
+    begun, asked = time.monotonic(), run.folder.path / STOP
+    asked.unlink(missing_ok=True)
+    book = Book(points, run, space)
+
+    def hours() -> float:
+        return (time.monotonic() - begun) / 3600
+
+    def config(entry: Entry) -> dict[str, Any]:
+        return side.task(points, entry).config()
+
+    outcome: dict[str, Exception] = {}
+    search = searcher(points, config, hours, stop)
+    rungs = Rungs(space.search.early_stop, journal) if space.search.early_stop else None
+    thread = threading.Thread(target=_fit, args=(side, search, book, rungs, outcome), daemon=True)
+    thread.start()
+    until = float("inf")
+    while thread.is_alive() and time.monotonic() < until:
+        thread.join(POLL)
+        book.show()
+        if stop() and not asked.exists():
+            asked.touch()
+            until = time.monotonic() + GRACE_S
+            run.progress.note("stopping: trials at work save their states")
+    _judge(points, run, stop, outcome.get("error"))
+
+
+def _judge(points: Points, run: Session, stop: Callable[[], bool], error: Exception | None) -> None:
+    """Raise what the end of the work amounts to."""
+    entries = list(points.entries.values())
+    finished = [entry for entry in entries if entry.state == "finished"]
+    again = "the same command goes on from there"
+    if stop():
+        raise Stopped(f"{run.folder.path}: stopped with {len(finished)} trials finished; {again}")
+    if error is not None:
+        raise Stopped(
+            f"{run.folder.path}: Ray went away ({last_line(error)}) with {len(finished)} trials finished; {again}"
+        )
+    failed = [entry for entry in entries if entry.state == "failed"]
+    if not finished:
+        first = f"; the first: {failed[0].reason}" if failed else ""
+        raise AraeError(f"{run.folder.path}: none of {len(entries)} trials came to its end{first}")
+    if failed:
+        shown = "; ".join(f"{points.recipe_of(entry)[0].label}: {entry.reason}" for entry in failed[:3])
+        run.progress.note(f"{len(failed)} of {len(entries)} trials failed and are left out ({shown})")
+
+
+def _fit(side: Side, search: Any, book: Book, rungs: Rungs | None, outcome: dict[str, Exception]) -> None:
+    """Body of the thread that Ray Tune runs in; `outcome` gets `error` where it ends by one."""
+    import logging
+
+    from ray import tune
+
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    try:
+        with tempfile.TemporaryDirectory(prefix="arae-tune-") as notes:
+            tune.Tuner(
+                tune.with_resources(run_trial, side.resources),
+                tune_config=tune.TuneConfig(
+                    search_alg=search,
+                    scheduler=StageASHA(rungs) if rungs is not None else None,
+                    num_samples=-1,
+                    max_concurrent_trials=side.jobs,
+                    reuse_actors=True,
+                ),
+                run_config=tune.RunConfig(
+                    name="sweep",
+                    storage_path=notes,
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=book.space.search.retries),
+                    callbacks=[callback(book)],
+                ),
+            ).fit()
+    except Exception as error:  # noqa: BLE001 -- it crosses to the main thread, which says what it means
+        outcome["error"] = error

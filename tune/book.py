@@ -10,7 +10,7 @@ from arae.session import Session
 from tune.journal import Entry
 from tune.search import Points
 from tune.space import Space
-from tune.store import outcome_of, stages_of
+from tune.store import outcome_of
 from tune.words import ended_words
 
 
@@ -25,19 +25,26 @@ class Book:
     def heard(self, entry: Entry, result: Mapping[str, Any]) -> None:
         """A trial's word on a stage."""
         if "outcome" in result:
-            entry.stages = [one for one in entry.stages if one["stage"] != result["stage"]] + [dict(result["outcome"])]
+            self.points.passed(entry, dict(result["outcome"]))
         if "stage" in result:
             self._at[entry.id] = f"{result['stage']} {result['step']}/{result['steps']}"
 
     def completed(self, entry: Entry, result: Mapping[str, Any]) -> None:
-        """A trial ended: at its end, or on a rung."""
+        """A trial ended: at its end, or on a rung, where it waits."""
         if "objectives" in result:
             entry.state, entry.objectives = "finished", dict(result["objectives"])
-        else:
-            entry.state = "stopped"
-            entry.reason = f"its {result.get('stage')} at step {result.get('step')}"
-            entry.stages += self._cut(entry, result)
-        self._ended(entry)
+            self._ended(entry)
+            return
+        self._at.pop(entry.id, None)
+        self.points.paused(entry, result.get("pause") or {})
+
+    def close(self) -> None:
+        """What still waits on a rung is cut short there."""
+        for entry, stage in self.points.waiting():
+            step = self.points.rungs.steps(stage.key)
+            entry.state, entry.reason = "stopped", f"its {stage.name} at step {step}"
+            self.points.journal.stage(entry, asdict(replace(outcome_of(stage), steps=step)))
+            self._ended(entry)
 
     def failed(self, entry: Entry, reason: str) -> None:
         """A trial failed for good."""
@@ -50,7 +57,7 @@ class Book:
 
     def show(self) -> None:
         """Say how far the sweep has come."""
-        entries = self.points.entries.values()
+        entries = list(self.points.entries.values())
         done = sum(entry.state is not None for entry in entries)
         total = self.space.search.trials or max(len(entries), len(self._all()))
         at_work = "; ".join(f"{self.points.entries[i].number + 1}: {at}" for i, at in self._at.items())
@@ -67,14 +74,6 @@ class Book:
         if not hasattr(self, "_counted"):
             self._counted = sum(1 for _ in self.space.crossings())
         return self._counted
-
-    def _cut(self, entry: Entry, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """What the stage took that a trial was cut short in."""
-        _, recipe = self.points.recipe_of(entry)
-        stage = next((one for one in stages_of(recipe) if one.key == result.get("key")), None)
-        if stage is None:
-            return []
-        return [asdict(replace(outcome_of(stage), trained=True, steps=int(result["step"])))]
 
     def _ended(self, entry: Entry) -> None:
         self._at.pop(entry.id, None)

@@ -2,7 +2,7 @@
 
 It is all that a sweep goes on from. Ray Tune's own bookkeeping is thrown away: it knows nothing of stages, and restores
 no scheduler. One object a line, told apart by `event`: `command` (a command began or ended its work), `begin` and `end`
-(of a trial), `rung`. What a kill tears is passed over.
+(of a trial), `stage` (one that a trial made sure of), `rung` and `promoted`. What a kill tears is passed over.
 """
 
 from __future__ import annotations
@@ -40,6 +40,13 @@ class Entry:
     learned: dict[str, Any] = field(default_factory=dict)
     """What the search has to know of it again."""
 
+    def passed(self, outcome: dict[str, Any]) -> None:
+        """Take note of a stage; what it says in place of what it said before, save who trained it."""
+        for before in self.stages:
+            if (before["stage"], before["key"]) == (outcome["stage"], outcome["key"]):
+                outcome = {**outcome, **{kind: before[kind] or outcome[kind] for kind in ("trained", "measured")}}
+        self.stages = [one for one in self.stages if one["stage"] != outcome["stage"]] + [outcome]
+
 
 class Journal:
     """The book of a sweep's folder."""
@@ -63,23 +70,28 @@ class Journal:
         """A trial is begun."""
         self.add("begin", id=entry.id, values=entry.values, number=entry.number, learned=entry.learned)
 
+    def stage(self, entry: Entry, outcome: dict[str, Any]) -> None:
+        """A trial has made sure of a stage, or was cut short in it."""
+        entry.passed(outcome)
+        self.add("stage", id=entry.id, outcome=outcome)
+
     def end(self, entry: Entry) -> None:
         """A trial has ended."""
-        told = {key: vars(entry)[key] for key in ("id", "state", "reason", "objectives", "stages")}
-        self.add("end", **told)
+        self.add("end", **{key: vars(entry)[key] for key in ("id", "state", "reason", "objectives")})
 
     def entries(self) -> dict[str, Entry]:
         """All trials, in the order in which they were begun."""
         found: dict[str, Entry] = {}
-        for event in self.events("begin", "end"):
+        for event in self.events("begin", "stage", "end"):
             if event["event"] == "begin" and event["id"] not in found:
                 found[event["id"]] = Entry(
                     event["id"], event["values"], event["number"], learned=event.get("learned") or {}
                 )
+            elif event["event"] == "stage" and event["id"] in found:
+                found[event["id"]].passed(event["outcome"])
             elif event["event"] == "end" and event["id"] in found:
-                entry = found[event["id"]]
-                for key in ("state", "reason", "objectives", "stages"):
-                    setattr(entry, key, event[key])
+                for key in ("state", "reason", "objectives"):
+                    setattr(found[event["id"]], key, event[key])
         return found
 
     def hours(self) -> float:

@@ -13,9 +13,10 @@ from arae.config import Recipe
 from arae.errors import InputError
 from arae.seeds import mix
 from tune.journal import Entry, Journal
+from tune.rungs import Rungs
 from tune.settings import SIGNS, Search
 from tune.space import Axis, Point, Space
-from tune.store import stages_of
+from tune.store import Stage, stages_of
 
 ID = 12
 """Characters of a trial's id: the digest of its recipe."""
@@ -29,30 +30,83 @@ def id_of(recipe: Recipe) -> str:
 
 
 class Points:
-    """The points of a sweep, one after another.
+    """The trials of a sweep, one after another.
 
-    First those that an earlier command began and did not end, then new ones until space or budget are used up. Trials
-    that failed are tried again by the next command, those that finished or were cut short are not.
+    First come those that were begun and may go on, the earliest first; then new ones, until space or budget are used
+    up. Trials that failed are tried again by the next command, those that finished are not.
     """
 
     def __init__(self, space: Space, search: Search, recipe: Recipe, journal: Journal) -> None:
         self.space, self.search, self.recipe, self.journal = space, search, recipe, journal
         self.entries = journal.entries()
+        for entry in self.entries.values():
+            if entry.state in ("failed", "stopped"):  # a stage that waited may go on where others came since
+                entry.state = None
+        self.running: dict[str, Entry] = {}
         self._hours = journal.hours()
-        self._again = [entry for entry in self.entries.values() if entry.state in (None, "failed")]
+        self._stages: dict[str, tuple[Stage, ...]] = {}
+        self._members = self._compared()
+        self.rungs = Rungs(search.early_stop, journal, self._is_alone)
         self._source = self._made()
 
     def next(self, spent_hours: float = 0.0) -> Entry | None:
-        """The next trial to run, which is written down as begun; None: that was the last.
+        """The next trial to run; None where there is none now, and for good where none runs either.
 
         spent_hours: what this command has worked so far.
         """
-        if self._again:
-            entry = self._again.pop(0)
-            entry.state = None
-            return entry
-        if self._used_up(spent_hours):
-            return None
+        while True:
+            if (entry := self._ready()) is not None:
+                self.running[entry.id] = entry
+                return entry
+            if self.rungs.promote():
+                continue
+            if not self._used_up(spent_hours) and self._begun():
+                continue
+            busy = {stage.group for entry in self.running.values() for stage in self.stages(entry)}
+            if not self.rungs.rescue(busy):
+                return None
+
+    def stages(self, entry: Entry) -> tuple[Stage, ...]:
+        """The stages of a trial."""
+        if entry.id not in self._stages:
+            self._stages[entry.id] = stages_of(self.recipe_of(entry)[1])
+        return self._stages[entry.id]
+
+    def limits(self, entry: Entry) -> dict[str, float]:
+        """Up to which share of its steps each stage of a trial may be trained."""
+        return {stage.name: self.rungs.limit(stage) for stage in self.stages(entry)}
+
+    def passed(self, entry: Entry, outcome: dict[str, Any]) -> None:
+        """A trial has made sure of a stage."""
+        self.journal.stage(entry, outcome)
+        self.rungs.done(outcome["key"])
+
+    def paused(self, entry: Entry, at: Mapping[str, Any]) -> None:
+        """A trial's stage has come as far as it may; whoever was there first has said its score."""
+        self.running.pop(entry.id, None)
+        if at.get("score") is not None:
+            self.rungs.arrived(at["group"], at["key"], at["step"], at["score"])
+
+    def waiting(self) -> list[tuple[Entry, Stage]]:
+        """Trials that wait on a rung, and the stage that does."""
+        open_ones = [entry for entry in self.entries.values() if entry.state is None]
+        found = [(entry, stage) for entry in open_ones if (stage := self._at(entry)) is not None]
+        return [(entry, stage) for entry, stage in found if self.rungs.waits(stage)]
+
+    def _ready(self) -> Entry | None:
+        for entry in self.entries.values():
+            if entry.state is None and entry.id not in self.running:
+                stage = self._at(entry)
+                if stage is None or not self.rungs.waits(stage):
+                    return entry
+        return None
+
+    def _at(self, entry: Entry) -> Stage | None:
+        """The stage that a trial is at; None where all are done, and it is to write that down alone."""
+        return next((stage for stage in self.stages(entry) if not self.rungs.is_done(stage.key)), None)
+
+    def _begun(self) -> bool:
+        """Begin a new trial; whether there was one."""
         for point, learned in self._source:
             recipe = self.space.recipe(self.recipe, point)
             if id_of(recipe) in self.entries:
@@ -61,8 +115,21 @@ class Points:
             entry = Entry(id_of(recipe), dict(point.values), len(self.entries), learned=learned)
             self.entries[entry.id] = entry
             self.journal.begin(entry)
-            return entry
-        return None
+            return True
+        return False
+
+    def _compared(self) -> dict[str, set[str]] | None:
+        """Of a space that is known beforehand, the encoders of each group."""
+        if self.search.early_stop is None or self.search.kind != "grid" or self.space.drawn:
+            return None
+        members = defaultdict[str, set[str]](set)
+        for point in self.space.crossings():
+            stage = stages_of(self.space.recipe(self.recipe, point))[0]
+            members[stage.group].add(stage.key)
+        return members
+
+    def _is_alone(self, stage: Stage) -> bool:
+        return stage.name == "encoder" and self._members is not None and len(self._members[stage.group]) == 1
 
     def recipe_of(self, entry: Entry) -> tuple[Point, Recipe]:
         """Where in the space a trial is, and its recipe."""
@@ -71,6 +138,7 @@ class Points:
 
     def ended(self, entry: Entry) -> None:
         """Take note of how a trial ended."""
+        self.running.pop(entry.id, None)
         self.journal.end(entry)
 
     def repeated(self, learned: Mapping[str, Any], entry: Entry) -> None:
@@ -94,8 +162,14 @@ class Points:
         return ((point, {}) for point in made)
 
     def _crossed(self) -> Iterator[Point]:
-        """All combinations, those with the same encoder as far apart as can be: then nobody waits for another's."""
+        """All combinations, those with the same encoder as far apart as can be: then nobody waits for another's.
+
+        With early stopping in a shuffled order: in that of the axes, each could be better than all before it.
+        """
         points = self.space.points(self.search.samples, self.search.seed)
+        if self.search.early_stop is not None:
+            order = np.random.default_rng(self.search.seed).permutation(len(points))
+            points = [points[i] for i in order]
         by_encoder: dict[str, list[int]] = defaultdict(list)
         for i, point in enumerate(points):
             by_encoder[stages_of(self.space.recipe(self.recipe, point))[0].key].append(i)
@@ -216,7 +290,9 @@ def searcher(
     class Next(Searcher):
         def suggest(self, trial_id: str) -> Any:
             entry = None if stop() else points.next(clock())
-            return Searcher.FINISHED if entry is None else config(entry)
+            if entry is None:
+                return None if points.running and not stop() else Searcher.FINISHED
+            return config(entry)
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             """The driver writes it down, which knows why."""

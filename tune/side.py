@@ -69,6 +69,7 @@ class Side:
             recipe.model_dump(mode="json"),
             asdict(self.where),
             str(Path.cwd()),
+            points.limits(entry),
             self.gpu_elsewhere,
         )
 

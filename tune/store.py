@@ -8,15 +8,16 @@ measured of a stage lies in its folder's `evaluated/<key>.jsonl`, the key tellin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from arae.adopt import adopt_encoder, finished
-from arae.config import Recipe, digest_of
+from arae.config import Data, Recipe, digest_of
 from arae.data.load import fingerprint
-from arae.errors import AraeError, Busy, InputError
+from arae.errors import AraeError, Busy, InputError, Stopped
 from arae.files import write_text
 from arae.launch import Stop, Where
 from arae.models.autoencoder import read_config
@@ -122,10 +123,17 @@ def _key(recipe: Recipe, name: Name) -> str:
 
 def _images(recipe: Recipe, split: Literal["train", "test"]) -> str:
     """The images' fingerprint; where they are not at hand (as for a plan), their name."""
+    return _fingerprint(recipe.data.model_dump_json(), split)
+
+
+@lru_cache(maxsize=64)
+def _fingerprint(document: str, split: Literal["train", "test"]) -> str:
+    """Kept, for it reads all images of a set that is not encoded; `document`: the recipe's data as JSON."""
+    data = Data.model_validate_json(document)
     try:
-        return fingerprint(recipe.data, split)
+        return fingerprint(data, split)
     except InputError:
-        return f"{recipe.data.name}, which is not at hand"
+        return f"{data.name}, which is not at hand"
 
 
 @dataclass(frozen=True)
@@ -141,12 +149,14 @@ class Work:
     """Hears the events of stages that are trained here."""
     note: Callable[[str], None]
     stop: Stop
+    limits: Mapping[str, float]
+    """Of each stage, up to which share of its steps it may be trained (see `tune.rungs`); 1 is all of it."""
 
     def ensure(self, stage: Stage) -> tuple[Outcome, list[Record]]:
         """The stage trained and measured, by whomever.
 
-        Raises what training and measuring raise; a failure of another trial's is not inherited: the stage is tried here
-        as well, from its newest state.
+        Raises what training and measuring raise, Stopped where it has come as far as it may. A failure of another
+        trial's is not inherited: the stage is tried here as well, from its newest state.
         """
         waited = said = time.monotonic()
         while True:
@@ -181,8 +191,16 @@ class Work:
             fetched(encoder)
             if adopt_encoder(stage.recipe, run.folder, [encoder]) is None and not read_config(run.folder.model):
                 raise AraeError(f"{encoder}: its encoder is not there any more; run the same command again")
+        if self._is_far_enough(stage):
+            raise Stopped(f"{stage.recipe.name}: as far as it may be for now")
         run.train(self.where, self.listener, self.stop)
         return True
+
+    def _is_far_enough(self, stage: Stage) -> bool:
+        """Whether another trial has trained it as far as this one may."""
+        share = self.limits.get(stage.name, 1.0)
+        totals = [e["steps"] for e in read_events(stage.folder.log) if is_start(e, stage.name)]
+        return share < 1 and bool(totals) and outcome_of(stage).steps >= share * totals[-1] - 1e-6
 
     def _measured(self, stage: Stage, run: Session) -> tuple[bool, float]:
         if stage.evaluation is None or stage.measured is None or stage.measured.is_file():
@@ -199,6 +217,11 @@ class Work:
     def _family(self, stage: Stage) -> Family:
         tags = {"stage": stage.name, "key": stage.key}
         return Family(self.experiment, f"{stage.name} {stage.key[:8]}", {}, tags, delivered=False)
+
+
+def is_start(event: Mapping[str, Any], stage: str) -> bool:
+    """Whether an event is the beginning of a stage's training."""
+    return event.get("event") == "stage" and event.get("stage") == stage and event.get("state") == "started"
 
 
 def is_trained(stage: Stage) -> bool:

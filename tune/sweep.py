@@ -22,7 +22,6 @@ from tune.book import Book, callback, last_line
 from tune.delivery import Delivery
 from tune.journal import Entry, Journal
 from tune.results import SPACE, read_space
-from tune.rungs import Rungs, StageASHA
 from tune.search import Points, id_of, points_of, searcher
 from tune.side import Side
 from tune.space import Space
@@ -106,8 +105,7 @@ def _run(side: Side, space: Space, points: Points, run: Session, journal: Journa
 
     outcome: dict[str, Exception] = {}
     search = searcher(points, config, hours, stop)
-    rungs = Rungs(space.search.early_stop, journal) if space.search.early_stop else None
-    thread = threading.Thread(target=_fit, args=(side, search, book, rungs, outcome), daemon=True)
+    thread = threading.Thread(target=_fit, args=(side, search, book, outcome), daemon=True)
     thread.start()
     until = float("inf")
     while thread.is_alive() and time.monotonic() < until:
@@ -117,6 +115,8 @@ def _run(side: Side, space: Space, points: Points, run: Session, journal: Journa
             asked.touch()
             until = time.monotonic() + GRACE_S
             run.progress.note("stopping: trials at work save their states")
+    if not stop() and "error" not in outcome:
+        book.close()
     _judge(points, run, stop, outcome.get("error"))
 
 
@@ -140,7 +140,7 @@ def _judge(points: Points, run: Session, stop: Callable[[], bool], error: Except
         run.progress.note(f"{len(failed)} of {len(entries)} trials failed and are left out ({shown})")
 
 
-def _fit(side: Side, search: Any, book: Book, rungs: Rungs | None, outcome: dict[str, Exception]) -> None:
+def _fit(side: Side, search: Any, book: Book, outcome: dict[str, Exception]) -> None:
     """Body of the thread that Ray Tune runs in; `outcome` gets `error` where it ends by one."""
     import logging
 
@@ -153,7 +153,6 @@ def _fit(side: Side, search: Any, book: Book, rungs: Rungs | None, outcome: dict
                 tune.with_resources(run_trial, side.resources),
                 tune_config=tune.TuneConfig(
                     search_alg=search,
-                    scheduler=StageASHA(rungs) if rungs is not None else None,
                     num_samples=-1,
                     max_concurrent_trials=side.jobs,
                     reuse_actors=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -44,6 +43,8 @@ class Task:
     where: Mapping[str, Any]
     cwd: str
     """Where relative paths begin."""
+    limits: Mapping[str, float]
+    """Of each stage, up to which share of its steps it may be trained."""
     gpu_elsewhere: bool = False
     """Measure in a task of Ray's that has a GPU: the trial itself has none, for its workers have them."""
 
@@ -53,33 +54,36 @@ class Task:
 
 
 class Voice:
-    """What a trial tells the driver; and whether the driver has cut it short."""
+    """What a trial tells the driver; and whether it has come as far as it may."""
 
-    def __init__(self, tell: Tell) -> None:
-        self._tell = tell
+    def __init__(self, tell: Tell, limits: Mapping[str, float]) -> None:
+        self._tell, self._limits = tell, limits
         self._steps = 0
         self.stage: Stage | None = None
-        self.cut = False
+        self.pause: dict[str, Any] | None = None
+        """Where it has: the stage's step and score there."""
 
     def __call__(self, event: Event) -> None:
-        """An event of a training: looks at held-out images are handed on, and may be the last that was wanted."""
-        if self.stage is None or self.cut or event.get("stage") != self.stage.name:
+        """An event of a training: looks at held-out images are handed on, and may be the last that is wanted now."""
+        if self.stage is None or self.pause is not None or event.get("stage") != self.stage.name:
             return
         if event["event"] == "stage" and event["state"] == "started":
             self._steps = event["steps"]
         elif event["event"] == "epoch":
-            metrics = event["metrics"]
+            metrics, step = event["metrics"], event["step"]
             score = next((metrics[name] for name in SCORES if name in metrics), None)
-            self.tell({"step": event["step"], "steps": self._steps, "score": score})
+            self.tell({"step": step, "steps": self._steps, "score": score})
+            if self._limits[self.stage.name] * self._steps - 1e-6 <= step < self._steps:
+                self.pause = self.of_stage({"step": step, "score": score})
 
     def tell(self, values: dict[str, Any]) -> None:
-        """Tell the driver how the stage stands; it answers by letting us return, or by ending this thread."""
+        """Tell the driver how the stage stands."""
+        self._tell(self.of_stage(values))
+
+    def of_stage(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Values with the stage that they are of."""
         assert self.stage is not None
-        stage = {"stage": self.stage.name, "key": self.stage.key, "group": self.stage.group}
-        try:
-            self._tell(stage | values)
-        except SystemExit:  # this is how Ray Tune stops a function: the training is to save its state first
-            self.cut = True
+        return {"stage": self.stage.name, "key": self.stage.key, "group": self.stage.group, **values}
 
 
 def run_trial(config: dict[str, Any]) -> None:
@@ -89,20 +93,24 @@ def run_trial(config: dict[str, Any]) -> None:
     task = Task(**config["task"])
     if os.path.isdir(task.cwd):
         os.chdir(task.cwd)
-    voice = Voice(tune.report)
+    voice = Voice(tune.report, task.limits)
+    asked = runs_root() / task.sweep / STOP
     try:
-        objectives = perform(task, voice)
+        tune.report({"step": 0, "objectives": perform(task, voice, asked)})
     except Stopped:
-        if not voice.cut:
+        if asked.exists():
+            tune.report({"step": 0, "asked": True})
+            return
+        assert voice.stage is not None
+        if voice.pause is None and task.limits[voice.stage.name] >= 1:
             raise
-        sys.exit(0)  # as Ray Tune had meant it: whatever is reported now, nobody fetches
-    tune.report({"step": 0, "objectives": objectives})
+        tune.report({"step": 0, "pause": voice.pause or voice.of_stage({"step": 0, "score": None})})
 
 
-def perform(task: Task, voice: Voice) -> dict[str, float]:
-    """Do a trial's work; returns its objectives.
+def perform(task: Task, voice: Voice, asked: Path) -> dict[str, float]:
+    """Do a trial's work; returns its objectives. `asked`: a file that asks it to save and end.
 
-    Raises what training and measuring raise, among it Stopped where the trial is cut short.
+    Raises what training and measuring raise, and Stopped where a stage has come as far as it may.
     """
     recipe = Recipe.model_validate(task.recipe)
     named = recipe.replace({"name": f"{task.sweep}/{task.id}", "map": None})
@@ -122,7 +130,8 @@ def perform(task: Task, voice: Voice) -> dict[str, float]:
             measure=_measure(task, run),
             listener=voice,
             note=run.progress.note,
-            stop=_stop(voice, runs_root() / task.sweep / STOP),
+            stop=_stop(voice, asked),
+            limits=task.limits,
         )
         for stage in stages_of(recipe):
             voice.stage = stage
@@ -136,14 +145,14 @@ def perform(task: Task, voice: Voice) -> dict[str, float]:
 
 
 def _stop(voice: Voice, asked: Path) -> Callable[[], bool]:
-    """Whether the trial is cut short, or all are to end; the file is looked for about once a second."""
+    """Whether the trial has come as far as it may, or all are to end; the file is looked for about once a second."""
     looked, found = 0.0, False
 
     def stop() -> bool:
         nonlocal looked, found
         if not found and time.monotonic() - looked > LOOK_S:
             looked, found = time.monotonic(), asked.exists()
-        return voice.cut or found
+        return voice.pause is not None or found
 
     return stop
 

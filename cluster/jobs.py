@@ -10,6 +10,7 @@ import secrets
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -28,6 +29,7 @@ QUIET_S = 30.0  # a log that says nothing for so long may be a connection that i
 LOST_S = 300.0  # a server that does not answer for so long is given up
 STARTS_S = 60.0  # how long a cluster may take to start
 AGAIN_S = 2.0
+LET_GO_S = 2.0  # for connections to end once nobody follows any more
 NO_COMMAND = 127  # a shell's, where there is no such command
 
 
@@ -119,13 +121,16 @@ class Jobs:
 
         Raises AraeError on Ctrl-C, and where the server does not answer any more: the job itself goes on.
         """
+        loop = asyncio.new_event_loop()
         try:
-            return asyncio.run(self._follow(job))
+            return loop.run_until_complete(self._follow(job))
         except KeyboardInterrupt:
             raise AraeError(
                 f"no longer following {job}, which goes on; `arae submit --attach {job}` follows it again, "
                 f"`arae submit --stop {job}` stops it"
             ) from None
+        finally:
+            _let_go(loop)
 
     async def _follow(self, job: str) -> Ended:
         shown = 0
@@ -175,6 +180,19 @@ class Jobs:
                         f"where {job} goes on, `arae submit --attach {job}` follows it again"
                     ) from None
             time.sleep(AGAIN_S / 4)
+
+
+def _let_go(loop: asyncio.AbstractEventLoop) -> None:
+    """End what still runs in the loop, within seconds; `asyncio.run` would wait as long as a server is silent."""
+    loop.set_exception_handler(lambda *_: None)
+    tasks = asyncio.all_tasks(loop)
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        loop.run_until_complete(asyncio.wait(tasks, timeout=LET_GO_S))
+    with suppress(TimeoutError):
+        loop.run_until_complete(asyncio.wait_for(loop.shutdown_asyncgens(), LET_GO_S))
+    loop.close()
 
 
 def exit_code(job: str, ended: Ended) -> int:

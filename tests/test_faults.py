@@ -31,7 +31,7 @@ def begun(recipe: Recipe, path: Path) -> RunFolder:
 
 
 def encoder_recipe(images: Path, **over: object) -> Recipe:
-    return tiny_recipe(images, encoder__steps=9, **over).replace({"decoder": None})
+    return tiny_recipe(images, encoder__steps=9, evaluate__looks=None, **over).replace({"decoder": None})
 
 
 def notes(folder: RunFolder) -> list[str]:

@@ -164,7 +164,12 @@ def test_the_best_state_is_what_is_exported_where_the_recipe_says_so(
     made = {}
     for export, steps in (("best", 9), ("last", 6)):
         recipe = tiny_recipe(
-            tiny_npz, encoder__steps=steps, encoder__export=export, encoder__schedule={}, state__every=100
+            tiny_npz,
+            evaluate__looks=None,
+            encoder__steps=steps,
+            encoder__export=export,
+            encoder__schedule={},
+            state__every=100,
         ).replace({"decoder": None})
         folder = RunFolder(tmp_path / export)
         folder.create(recipe)
@@ -230,7 +235,9 @@ def test_the_next_best_is_exported_where_the_best_is_damaged(
     monkeypatch.setattr(
         course, "read_state", lambda folder, saved, note: (saved.step != 3 and real(folder, saved, note)) or None
     )
-    recipe = tiny_recipe(tiny_npz, encoder__steps=9, encoder__export="best", state__every=9).replace({"decoder": None})
+    recipe = tiny_recipe(
+        tiny_npz, encoder__steps=9, encoder__export="best", state__every=9, evaluate__looks=None
+    ).replace({"decoder": None})
     folder = RunFolder(tmp_path / "run")
     folder.create(recipe)
     train(recipe, folder, CPU)

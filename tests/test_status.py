@@ -325,7 +325,7 @@ def test_an_error_leaves_a_word_and_goes_on(error: BaseException, code: int, rea
 
 def test_a_training_is_seen_while_it_runs_and_after(tiny_npz: Path) -> None:
     torch.set_num_threads(1)  # two wait for one another, for long where the machine is busy
-    recipe = tiny_recipe(tiny_npz)
+    recipe = tiny_recipe(tiny_npz, evaluate__looks=None)
     folder = RunFolder.of(recipe)
     folder.create(recipe)
     seen = []

@@ -40,7 +40,7 @@ def tiny_recipe(images: Path, **overrides: object) -> Recipe:
             "lr": 1e-3,
             "losses": {"pixel": 1.0, "feature": 0.1, "adversarial": 0.05},
         },
-        "evaluate": {"lpips": None, "attacks": [{"norm": "l2", "eps": 0.5, "steps": 2}]},
+        "evaluate": {"lpips": None, "looks": 2, "attacks": [{"norm": "l2", "eps": 0.5, "steps": 2}]},
         "state": {"every": 3},
     }
     recipe = Recipe.model_validate(document)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from typing import Any
 
+from arae.errors import Stopped
 from arae.session import Session
 from tune.journal import Entry
 from tune.search import Points
@@ -20,7 +22,16 @@ class Book:
     def __init__(self, points: Points, run: Session, space: Space) -> None:
         self.points, self.run, self.space = points, run, space
         self._at: dict[str, str] = {}
-        self._shown = ""
+        self.halted: Exception | None = None
+        """What ends the sweep for now: no trial could do better."""
+
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """A disk that is full, or away, ends the sweep: what can't be written down must not go on."""
+        try:
+            yield
+        except OSError as error:
+            self.halted = self.halted or error
 
     def heard(self, entry: Entry, result: Mapping[str, Any]) -> None:
         """A trial's word on a stage."""
@@ -37,6 +48,8 @@ class Book:
             return
         self._at.pop(entry.id, None)
         self.points.paused(entry, result.get("pause") or {})
+        if "halt" in result:
+            self.halted = self.halted or Stopped(str(result["halt"]))
 
     def close(self) -> None:
         """What still waits on a rung is cut short there."""
@@ -90,16 +103,20 @@ def callback(book: Book) -> Any:
 
     class Told(Callback):
         def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
-            book.heard(entry_of(trial), result)
+            with book.guarded():
+                book.heard(entry_of(trial), result)
 
         def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            book.completed(entry_of(trial), trial.last_result)
+            with book.guarded():
+                book.completed(entry_of(trial), trial.last_result)
 
         def on_trial_recover(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            book.tried_again(entry_of(trial), _reason(trial))
+            with book.guarded():
+                book.tried_again(entry_of(trial), _reason(trial))
 
         def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-            book.failed(entry_of(trial), _reason(trial))
+            with book.guarded():
+                book.failed(entry_of(trial), _reason(trial))
 
         def __reduce__(self) -> Any:  # Ray Tune keeps a copy of everything, to restore what we do not let it restore
             return dict, ()

@@ -100,7 +100,7 @@ class Journal:
         for event in self.events():
             if event["event"] == "command":
                 if begun is not None:
-                    total += last - begun
+                    total += (event["time"] if event["state"] == "ended" else last) - begun
                 begun = event["time"] if event["state"] == "begun" else None
             last = event["time"]
         return (total + (last - begun if begun is not None else 0.0)) / 3600

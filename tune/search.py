@@ -278,21 +278,19 @@ def points_of(space: Space, search: Search, recipe: Recipe, journal: Journal, fo
     return Points(space, search, recipe, journal)
 
 
-def searcher(
-    points: Points, config: Callable[[Entry], dict[str, Any]], clock: Callable[[], float], stop: Callable[[], bool]
-) -> Any:
+def searcher(next_config: Callable[[], dict[str, Any] | None], more: Callable[[], bool]) -> Any:
     """The points as a searcher of Ray Tune's, which asks for one whenever it has room.
 
-    config: what a trial is told; clock: hours that this command has worked; stop: whether no more are wanted.
+    next_config: what the next trial is told, None where there is none now; more: whether there may be one later.
     """
     from ray.tune.search import Searcher
 
     class Next(Searcher):
         def suggest(self, trial_id: str) -> Any:
-            entry = None if stop() else points.next(clock())
-            if entry is None:
-                return None if points.running and not stop() else Searcher.FINISHED
-            return config(entry)
+            config = next_config()
+            if config is None and not more():
+                return Searcher.FINISHED
+            return config
 
         def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
             """The driver writes it down, which knows why."""

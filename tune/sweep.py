@@ -6,6 +6,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import yaml
@@ -20,7 +21,8 @@ from arae.session import Session, session
 from arae.tracking import Family
 from tune.book import Book, callback, last_line
 from tune.delivery import Delivery
-from tune.journal import Entry, Journal
+from tune.journal import Journal
+from tune.plan import write_plan
 from tune.results import SPACE, read_space
 from tune.search import Points, id_of, points_of, searcher
 from tune.side import Side
@@ -48,12 +50,13 @@ def sweep(recipe: Recipe, space: Space, where: Where, jobs: int | None = None) -
     with stop_requested() as stop, session(recipe, family=family) as run:
         document = space.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         write_text(run.folder.path / SPACE, yaml.safe_dump(document, sort_keys=False))
+        write_plan(run.folder.path, recipe, space, where, run.progress.note)
         journal = Journal(run.folder.path)
         journal.add("command", state="begun")
         try:
             with Delivery(run.folder.path, run.progress.note):
                 points = points_of(space, space.search, recipe, journal, run.folder.path)
-                _run(Side(recipe, where, jobs), space, points, run, journal, stop)
+                _run(Side(recipe, where, jobs), space, points, run, stop)
         finally:
             journal.add("command", state="ended")
     return run.folder
@@ -91,46 +94,50 @@ def refuse_another_sweep(recipe: Recipe, space: Space) -> None:
             raise InputError(f"{folder.path} holds a sweep of another recipe; {again}")
 
 
-def _run(side: Side, space: Space, points: Points, run: Session, journal: Journal, stop: Callable[[], bool]) -> None:
+def _run(side: Side, space: Space, points: Points, run: Session, stop: Callable[[], bool]) -> None:
     run.progress.note(f"{points.recipe.name}: {standing(points.entries.values(), space, side.jobs)}")
     begun, asked = time.monotonic(), run.folder.path / STOP
     asked.unlink(missing_ok=True)
     book = Book(points, run, space)
 
-    def hours() -> float:
-        return (time.monotonic() - begun) / 3600
+    def ending() -> bool:
+        return stop() or book.halted is not None
 
-    def config(entry: Entry) -> dict[str, Any]:
-        return side.task(points, entry).config()
+    def next_config() -> dict[str, Any] | None:
+        with book.guarded():
+            entry = None if ending() else points.next((time.monotonic() - begun) / 3600)
+            return None if entry is None else side.task(points, entry).config()
+        return None
 
-    outcome: dict[str, Exception] = {}
-    search = searcher(points, config, hours, stop)
-    thread = threading.Thread(target=_fit, args=(side, search, book, outcome), daemon=True)
+    search = searcher(next_config, lambda: bool(points.running) and not ending())
+    thread = threading.Thread(target=_fit, args=(side, search, book), daemon=True)
     thread.start()
     until = float("inf")
     while thread.is_alive() and time.monotonic() < until:
         thread.join(POLL)
         book.show()
-        if stop() and not asked.exists():
-            asked.touch()
+        if ending() and until == float("inf"):
             until = time.monotonic() + GRACE_S
             run.progress.note("stopping: trials at work save their states")
-    if not stop() and "error" not in outcome:
+            with suppress(OSError):
+                asked.touch()
+    if not ending():
         book.close()
-    _judge(points, run, stop, outcome.get("error"))
+    _judge(points, run, book.halted, stopped=stop())
 
 
-def _judge(points: Points, run: Session, stop: Callable[[], bool], error: Exception | None) -> None:
+def _judge(points: Points, run: Session, halted: Exception | None, *, stopped: bool) -> None:
     """Raise what the end of the work amounts to."""
     entries = list(points.entries.values())
     finished = [entry for entry in entries if entry.state == "finished"]
     again = "the same command goes on from there"
-    if stop():
+    if halted is not None:
+        if isinstance(halted, OSError):
+            raise halted
+        said = str(halted) if isinstance(halted, AraeError) else f"Ray went away ({last_line(halted)})"
+        raise Stopped(f"{run.folder.path}: {said}; {len(finished)} trials are finished, and {again}")
+    if stopped:
         raise Stopped(f"{run.folder.path}: stopped with {len(finished)} trials finished; {again}")
-    if error is not None:
-        raise Stopped(
-            f"{run.folder.path}: Ray went away ({last_line(error)}) with {len(finished)} trials finished; {again}"
-        )
     failed = [entry for entry in entries if entry.state == "failed"]
     if not finished:
         first = f"; the first: {failed[0].reason}" if failed else ""
@@ -140,8 +147,8 @@ def _judge(points: Points, run: Session, stop: Callable[[], bool], error: Except
         run.progress.note(f"{len(failed)} of {len(entries)} trials failed and are left out ({shown})")
 
 
-def _fit(side: Side, search: Any, book: Book, outcome: dict[str, Exception]) -> None:
-    """Body of the thread that Ray Tune runs in; `outcome` gets `error` where it ends by one."""
+def _fit(side: Side, search: Any, book: Book) -> None:
+    """Body of the thread that Ray Tune runs in; the book is told where it ends by an error."""
     import logging
 
     from ray import tune
@@ -166,4 +173,4 @@ def _fit(side: Side, search: Any, book: Book, outcome: dict[str, Exception]) -> 
                 ),
             ).fit()
     except Exception as error:  # noqa: BLE001 -- it crosses to the main thread, which says what it means
-        outcome["error"] = error
+        book.halted = book.halted or error

@@ -97,14 +97,17 @@ def run_trial(config: dict[str, Any]) -> None:
     asked = runs_root() / task.sweep / STOP
     try:
         tune.report({"step": 0, "objectives": perform(task, voice, asked)})
-    except Stopped:
-        if asked.exists():
-            tune.report({"step": 0, "asked": True})
-            return
-        assert voice.stage is not None
-        if voice.pause is None and task.limits[voice.stage.name] >= 1:
-            raise
-        tune.report({"step": 0, "pause": voice.pause or voice.of_stage({"step": 0, "score": None})})
+    except Stopped as stopped:
+        tune.report({"step": 0, **_said(task, voice, asked, stopped)})
+
+
+def _said(task: Task, voice: Voice, asked: Path, stopped: Stopped) -> dict[str, Any]:
+    """Why a trial has stopped: it was asked to, has come as far as it may, or its storage or workers went away."""
+    if asked.exists():
+        return {"asked": True}
+    if voice.stage is not None and (voice.pause is not None or task.limits[voice.stage.name] < 1):
+        return {"pause": voice.pause or voice.of_stage({"step": 0, "score": None})}
+    return {"halt": str(stopped)}
 
 
 def perform(task: Task, voice: Voice, asked: Path) -> dict[str, float]:

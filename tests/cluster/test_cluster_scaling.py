@@ -1,4 +1,4 @@
-"""`python -m benchmarks.scaling` and `overhead` in miniature: real Ray, real runs, the records that they write."""
+"""`python -m benchmarks.scaling` in miniature: real Ray, real runs, the record that it writes."""
 
 import os
 import subprocess
@@ -6,11 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from training import tiny_recipe
 
 from arae.config import dump_recipe
-from benchmarks.overhead import PARTS, Size, overhead
 from benchmarks.scaled import Scaling
 
 pytestmark = pytest.mark.cluster
@@ -55,16 +53,3 @@ def test_one_and_two_workers_are_measured_and_what_was_cut_short_goes_on(
     assert [len(group.places) for group in record.groups] == [1, 2]
     assert all(timing.bus > 0 for timing in record.groups[1].timings)
     assert record.runs[:2] == alone.runs
-
-
-def test_the_overhead_of_a_small_training_is_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    size = Size(rounds=1, steps=30, warm=3, batch=8, width=0.25, least_step_s=0.0)
-    made = overhead(torch.device("cpu"), size)
-    assert made.seconds.keys() == {"bare", "full"}
-    assert made.images % size.batch == 0
-    for part in PARTS:
-        assert part in made.notes[0]
-    # The same steps are in both: the whole can't take less than half of them, nor ten times as much.
-    (bare,), (full,) = made.seconds["bare"], made.seconds["full"]
-    assert bare / 2 < full < 10 * bare

@@ -248,7 +248,7 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
     with subprocess.Popen(command, **pipes) as client:
         assert "first" in client.stdout.readline() + client.stdout.readline()
         client.send_signal(signal.SIGINT)
-        error = client.communicate(timeout=30)[1]
+        error = client.communicate(timeout=100)[1]
     assert client.returncode == 1
     assert "first, which goes on" in error
     assert "Traceback" not in error

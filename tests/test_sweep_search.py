@@ -1,0 +1,322 @@
+"""What a sweep tries next: rungs, budgets, Optuna, and going on after a kill; trials are played, not trained."""
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from training import tiny_recipe
+
+from arae.config import Recipe
+from arae.errors import InputError
+from tune.journal import Entry, Journal
+from tune.rungs import Rungs
+from tune.search import Points, points_of
+from tune.settings import EarlyStop
+from tune.space import Space
+from tune.store import Stage, stages_of
+
+EPS, LR, FEATURE = "encoder.attack.eps", "decoder.lr", "decoder.losses.feature"
+STEPS = 90
+Score = Callable[[Entry, Stage, float], float]
+
+
+@pytest.fixture
+def recipe(tiny_npz: Path) -> Recipe:
+    return tiny_recipe(tiny_npz, name="sweep")
+
+
+def space(axes: dict[str, Any], **search: Any) -> Space:
+    return Space.model_validate({"axes": axes, "search": search})
+
+
+GRID = {
+    EPS: {"grid": [0, 0.5]},
+    LR: {"grid": [1e-4, 1e-3, 1e-2]},
+    FEATURE: {"grid": [0, 0.1]},
+    "seed": {"grid": [1, 2]},
+}
+HALVING = {"early_stop": {"reduction": 3, "first": 1 / 9}}
+
+
+class Player:
+    """In the place of Ray Tune and the trials: stages come as far as they may, one look after another."""
+
+    def __init__(self, made: Space, recipe: Recipe, folder: Path, score: Score, jobs: int = 2) -> None:
+        folder.mkdir(exist_ok=True)
+        self.points = points_of(made, made.search, recipe, Journal(folder), folder)
+        self.score, self.jobs = score, jobs
+        self.steps: Counter[str] = Counter()
+        self.begun: list[str] = []
+
+    def play(self, most: int = 10_000) -> "Player":
+        """Trials until there are none, or for so many turns; `jobs` are out at a time, and the oldest ends first."""
+        out: list[Entry] = []
+        for _ in range(most):
+            while len(out) < self.jobs and (entry := self.points.next()) is not None:
+                self.begun.append(entry.id)
+                out.append(entry)
+            if not out:
+                break
+            self._end(out.pop(0))
+        return self
+
+    def _end(self, entry: Entry) -> None:
+        limits = self.points.limits(entry)
+        for stage in self.points.stages(entry):
+            if self.points.rungs.is_done(stage.key):
+                continue
+            reached = round(limits[stage.name] * STEPS)
+            self.steps[stage.key] = max(self.steps[stage.key], reached)
+            if reached < STEPS:
+                value = self.score(entry, stage, limits[stage.name])
+                self.points.paused(entry, {"group": stage.group, "key": stage.key, "step": reached, "score": value})
+                return
+            self.points.passed(entry, outcome(stage))
+        entry.state, entry.objectives = "finished", {"robust_accuracy": 0.5, "psnr": self.score(entry, stage, 1.0)}
+        self.points.ended(entry)
+
+
+def outcome(stage: Stage) -> dict[str, Any]:
+    return {"stage": stage.name, "key": stage.key, "trained": True, "measured": True, "steps": STEPS, "seconds": 60.0,
+            "workers": 1, "evaluation_s": 0.0}  # fmt: skip
+
+
+def by_name(entry: Entry, stage: Stage, share: float) -> float:
+    """A score that is always the same, and has nothing to do with the order."""
+    return int(stage.key[:6], 16) % 1000 / 10
+
+
+def finished(points: Points) -> set[str]:
+    return {entry.id for entry in points.entries.values() if entry.state == "finished"}
+
+
+@pytest.mark.parametrize(
+    ("share", "rungs"), [(1 / 9, [1 / 9, 1 / 3]), (1 / 16, [1 / 16, 3 / 16, 9 / 16]), (0.5, [0.5])]
+)
+def test_rungs_are_shares_of_a_stage_below_its_end(share: float, rungs: list[float]) -> None:
+    assert EarlyStop(first=share).rungs == pytest.approx(rungs)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 9, 27, 40])
+@pytest.mark.parametrize("reduction", [2.0, 3.0, 4.0])
+def test_of_n_that_came_the_best_nth_part_goes_on(n: int, reduction: float, tmp_path: Path) -> None:
+    scores = np.random.default_rng(n).permutation(n).astype(float)
+    rungs = Rungs(EarlyStop(reduction=reduction, first=0.1), Journal(tmp_path))
+    for i, score in enumerate(scores):
+        rungs.arrived("group", str(i), 9, score)
+        best = np.argsort(-scores[: i + 1])[: int((i + 1) / reduction)]
+        rungs.promote()
+        assert {str(j) for j in best} <= {k for k in map(str, range(i + 1)) if rungs._allowed.get(k, 0) == 1}
+    again = Rungs(EarlyStop(reduction=reduction, first=0.1), Journal(tmp_path))
+    assert (again._allowed, again._reached, again._steps) == (rungs._allowed, rungs._reached, rungs._steps)
+
+
+def test_groups_do_not_compete_and_each_has_one_at_its_end(recipe: Recipe, tmp_path: Path) -> None:
+    made = space(GRID, **HALVING)
+    player = Player(made, recipe, tmp_path / "s", by_name).play()
+    groups = Counter(player.points.stages(entry)[1].group for entry in player.points.entries.values())
+    done = Counter(
+        player.points.stages(entry)[1].group for entry in player.points.entries.values() if entry.state == "finished"
+    )
+    assert groups.keys() == done.keys()
+    for group, count in groups.items():
+        of_group = [entry for entry in player.points.entries.values() if player.points.stages(entry)[1].group == group]
+        best = max(by_name(entry, player.points.stages(entry)[1], 1) for entry in of_group)
+        ended = [entry.objectives["psnr"] for entry in of_group if entry.state == "finished"]
+        assert best in ended, "the best of a group comes to its end where its score does not change"
+        assert count == 6
+    whole = sum(player.steps.values())
+    assert whole < 0.6 * STEPS * (4 + 24), "half the work is saved even with four groups of six"
+
+
+def test_without_early_stopping_every_stage_goes_to_its_end(recipe: Recipe, tmp_path: Path) -> None:
+    player = Player(space(GRID), recipe, tmp_path / "s", by_name).play()
+    assert len(finished(player.points)) == 24
+    assert Counter(player.steps.values()) == {STEPS: 4 + 24}
+
+
+def test_two_at_a_time_do_not_begin_with_one_encoder(recipe: Recipe, tmp_path: Path) -> None:
+    points = Player(space(GRID), recipe, tmp_path / "s", by_name).points
+    first = [points.next() for _ in range(4)]
+    assert len({points.stages(entry)[0].key for entry in first if entry is not None}) == 4
+
+
+@pytest.mark.parametrize("search", [{}, HALVING, {"kind": "random", "trials": 9}])
+@pytest.mark.parametrize("turns", [1, 2, 5, 9, 14, 20])
+def test_killed_at_any_moment_it_goes_on(recipe: Recipe, tmp_path: Path, search: dict[str, Any], turns: int) -> None:
+    """What had ended is not begun again; what had not is; and the end is the same where nothing is cut short."""
+    made = space(GRID, **search)
+    whole = Player(made, recipe, tmp_path / "whole", by_name).play()
+    killed = Player(made, recipe, tmp_path / "killed", by_name).play(turns)
+    had = finished(killed.points)
+    book = tmp_path / "killed" / "trials.jsonl"
+    book.write_bytes(book.read_bytes() + b'{"event": "beg')  # the line that the kill tore
+    again = Player(made, recipe, tmp_path / "killed", by_name).play()
+    assert not had & set(again.begun)
+    if "early_stop" not in search:
+        assert finished(again.points) == finished(whole.points)
+        assert list(again.points.entries) == list(whole.points.entries)
+    else:
+        assert all(entry.state == "finished" or again.points.waiting() for entry in again.points.entries.values())
+
+
+def test_what_failed_is_tried_by_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
+    player = Player(space(GRID), recipe, tmp_path / "s", by_name)
+    entry = player.points.next()
+    assert entry is not None
+    entry.state, entry.reason = "failed", "no luck"
+    player.points.ended(entry)
+    assert len(finished(player.play().points)) == 23
+    again = Player(space(GRID), recipe, tmp_path / "s", by_name).play()
+    assert again.begun == [entry.id]
+    assert len(finished(again.points)) == 24
+
+
+@pytest.mark.parametrize(
+    ("search", "count"),
+    [
+        ({"trials": 5}, 5),
+        ({"kind": "random", "trials": 7}, 7),
+        ({"kind": "random", "gpu_hours": 5 * 2 / 60}, None),
+        ({"kind": "random", "trials": 10_000}, 24),  # there are no more in the space
+    ],
+)
+def test_budgets(recipe: Recipe, tmp_path: Path, search: dict[str, Any], count: int | None) -> None:
+    player = Player(space(GRID, **search), recipe, tmp_path / "s", by_name, jobs=1).play()
+    if count is None:
+        hours = player.points.gpu_hours()
+        assert search["gpu_hours"] <= hours <= search["gpu_hours"] + 2 / 60
+    else:
+        assert len(player.points.entries) == count
+
+
+def test_hours_of_earlier_commands_count(recipe: Recipe, tmp_path: Path) -> None:
+    folder = tmp_path / "s"
+    folder.mkdir()
+    (folder / "trials.jsonl").write_text(
+        '{"event": "command", "time": 0, "state": "begun"}\n{"event": "command", "time": 5400, "state": "ended"}\n'
+        '{"event": "command", "time": 9000, "state": "begun"}\n{"event": "note", "time": 10800}\n'
+    )
+    assert Journal(folder).hours() == pytest.approx(2.0)
+    made = space(GRID, kind="random", hours=2.5)
+    points = points_of(made, made.search, recipe, Journal(folder), folder)
+    assert points.next(spent_hours=0.4) is not None
+    assert points.next(spent_hours=0.6) is None
+
+
+DRAWN = {LR: {"log-uniform": [1e-4, 1e-1]}, FEATURE: {"uniform": [0, 1]}}
+
+
+def bowl(entry: Entry, stage: Stage, share: float) -> float:
+    """Best at lr = 1e-3 and feature = 0.7."""
+    lr, feature = entry.values[LR], entry.values[FEATURE]
+    return -((math.log10(lr) + 3) ** 2) - (feature - 0.7) ** 2
+
+
+@pytest.mark.parametrize("kind", ["tpe", "nsga2"])
+def test_optuna_learns_over_restarts(kind: str, recipe: Recipe, tmp_path: Path) -> None:
+    made = space(DRAWN, kind=kind, trials=30, objectives=["psnr"] if kind == "tpe" else ["robust_accuracy", "psnr"])
+    Player(made, recipe, tmp_path / "s", bowl).play(12)
+    more = Player(made, recipe, tmp_path / "s", bowl).play()
+    values = [entry.values for entry in more.points.entries.values()]
+    assert len({tuple(one.values()) for one in values}) == len(values) == 30
+    assert finished(more.points) == set(more.points.entries)
+    known = [trial for trial in more.points._study.get_trials() if trial.state.name == "COMPLETE"]  # type: ignore[attr-defined]
+    assert len(known) == 30, "what was learned before the restart is known after it"
+    if kind == "tpe":
+        scores = [entry.objectives["psnr"] for entry in more.points.entries.values()]
+        assert np.mean(scores[20:]) > np.mean(scores[:10])
+
+
+def test_optuna_and_conditions(recipe: Recipe, tmp_path: Path) -> None:
+    axes = {
+        "loss": {"grid": {"pixel": {FEATURE: 0}, "both": {}}},
+        FEATURE: {"log-uniform": [1e-4, 1e-1], "when": {"loss": "both"}},
+    }
+    made = space(axes, kind="tpe", trials=12, objectives=["psnr"])
+    player = Player(made, recipe, tmp_path / "s", lambda entry, stage, share: entry.values.get(FEATURE, 0.0)).play()
+    values = [entry.values for entry in player.points.entries.values()]
+    assert all((FEATURE in one) == (one["loss"] == "both") for one in values)
+    assert sum(one["loss"] == "pixel" for one in values) == 1, "the same point is one trial"
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({"kind": "random"}, "trials, hours or gpu_hours"),
+        ({"kind": "tpe"}, "trials, hours or gpu_hours"),
+        ({"objectives": []}, "one or more"),
+        ({"objectives": ["psnr", "psnr"]}, "distinct"),
+        ({"objectives": ["loss"]}, "objectives"),
+        ({"kind": "random", "trials": 3, "samples": 2}, "samples = 2"),
+        ({"kind": "pbt"}, "kind"),
+        ({"early_stop": {"reduction": 1}}, "reduction"),
+        ({"early_stop": {"first": 1}}, "first"),
+        ({"retries": -1}, "retries"),
+        ({"trails": 3}, "trails"),
+    ],
+)
+def test_a_search_that_can_not_be(search: dict[str, Any], said: str, tmp_path: Path, recipe: Recipe) -> None:
+    import yaml
+
+    from tune.space import load_space
+
+    path = tmp_path / "wrong.yaml"
+    path.write_text(yaml.safe_dump({"axes": GRID, "search": search}))
+    with pytest.raises(InputError, match=said):
+        load_space(path, recipe)
+
+
+SAME, OTHER = True, False
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "encoder", "decoder"),
+    [
+        ("encoder.attack.eps", 1.0, OTHER, OTHER),
+        ("seed", 9, OTHER, OTHER),
+        ("encoder.layer", "conv1", SAME, OTHER),
+        ("decoder.lr", 0.5, SAME, OTHER),
+        ("decoder.losses.feature", 0.5, SAME, OTHER),
+        ("precision", "bf16", OTHER, OTHER),
+        ("engine.kind", "deepspeed", OTHER, OTHER),
+        ("evaluate.n", 10, SAME, SAME),
+        ("evaluate.looks", 3, SAME, SAME),
+        ("state.every", 7, SAME, SAME),
+        ("name", "another", SAME, SAME),
+        ("scale", "small", SAME, SAME),
+    ],
+)
+def test_a_stage_is_named_by_what_it_depends_on(
+    recipe: Recipe, key: str, value: Any, encoder: bool, decoder: bool
+) -> None:
+    before, after = stages_of(recipe), stages_of(recipe.replace({key: value}))
+    assert [a.key == b.key for a, b in zip(before, after, strict=True)] == [encoder, decoder]
+
+
+def test_what_is_measured_is_named_by_what_it_depends_on(recipe: Recipe) -> None:
+    before = [stage.measured for stage in stages_of(recipe)]
+    other = recipe.replace({"evaluate.attacks": [{"norm": "l2", "eps": 1.0}]})
+    after = [stage.measured for stage in stages_of(other)]
+    assert before[0] != after[0]
+    assert before[1] == after[1], "reconstructions do not depend on the attacks"
+    assert stages_of(recipe.replace({"evaluate.protocol": "robustness"}))[1].measured is None
+    assert stages_of(recipe.replace({"evaluate.protocol": "reconstruction"}))[0].measured is None
+
+
+def test_other_images_are_another_stage(recipe: Recipe, tmp_path: Path) -> None:
+    from conftest import make_tiny_npz
+
+    other = tmp_path / "more"
+    other.mkdir()
+    moved = recipe.replace({"data.train": str(make_tiny_npz(other))})
+    assert stages_of(moved)[0].key == stages_of(recipe)[0].key, "the same images at another place"
+    with np.load(moved.data.train or "") as arrays:
+        changed = {name: arrays[name] for name in arrays}
+    changed["images"] = changed["images"] ^ 1
+    np.savez(tmp_path / "changed.npz", **changed)
+    assert stages_of(recipe.replace({"data.train": str(tmp_path / "changed.npz")}))[0].key != stages_of(recipe)[0].key

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import yaml
 from pydantic import BaseModel
 
+from arae.checkout import checkout_module
 from arae.config import Recipe, models_in, shipped_recipes
 from arae.data.catalog import DATASETS
 from arae.metrics import METRICS
@@ -19,8 +21,15 @@ def recipes() -> Rows:
     return [(name, path.read_text().splitlines()[0].lstrip("# ")) for name, path in shipped_recipes().items()]
 
 
+def spaces() -> Rows:
+    """Shipped search spaces and what each asks; InputError where arae is installed without its drivers."""
+    found = checkout_module("tune.space").shipped_spaces()
+    return [(name, str(yaml.safe_load(path.read_text()).get("about", ""))) for name, path in found.items()]
+
+
 LISTS: dict[str, Callable[[], Rows]] = {
     "recipes": recipes,
+    "spaces": spaces,
     "data": lambda: [(name, d.title) for name, d in DATASETS.items()],
     "encoders": lambda: list(summaries()["encoders"].items()),
     "decoders": lambda: list(summaries()["decoders"].items()),

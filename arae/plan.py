@@ -10,7 +10,7 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -23,7 +23,7 @@ from arae.data.load import RESIDENT_BYTES, open_source
 from arae.errors import InputError
 from arae.train.engine import Engine
 
-_SECONDS = 0.5  # a calibration batch is chosen to take at most about this long
+SECONDS = 0.5  # a calibration batch is chosen to take at most about this long
 _MANY_CLASSES = 1000  # where only the images' folders know their number
 
 
@@ -35,7 +35,7 @@ class StagePlan:
     images: int
     flops: int
     per_second: float
-    memory: dict[str, int]
+    memory: dict[str, int] = field(default_factory=dict)
 
     @property
     def hours(self) -> float:
@@ -78,8 +78,8 @@ def plan_recipe(recipe: Recipe, workers: int, device: torch.device) -> Plan:
 
     InputError: data that can't be counted, networks that do not fit it, batches that the workers can't share.
     """
-    n_train, shape, classes, note = _counted(recipe, "train")
-    n_test = recipe.evaluate.n or _counted(recipe, "test")[0]
+    n_train, shape, classes, note = counted(recipe, "train")
+    n_test = recipe.evaluate.n or counted(recipe, "test")[0]
     made = plan(recipe, n_train, shape, classes, workers, device, n_test=n_test)
     return replace(made, assumptions=(note, *made.assumptions))
 
@@ -97,25 +97,22 @@ def plan(
 
     `n_test` images are evaluated. InputError as in `plan_recipe`.
     """
-    for name, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)):
-        if part and (part.batch // part.micro) % workers:
-            raise InputError(
-                f"{name}: {part.batch // part.micro} micro-batches a step can't be shared by {workers} workers; set "
-                f"{name}.micro_batch so that batch / micro_batch is a multiple of {workers}"
-            )
+    refuse_unshared(recipe, workers)
     networks, engine = Networks(recipe, shape, num_classes), Engine(device, recipe.precision)
     # On a CPU the workers share its cores; workers beyond its cores are on other machines.
     threads = max(1, len(os.sched_getaffinity(0)) // workers) if device.type == "cpu" else None
-    speeds = _speeds(networks, engine, threads)
+    first = encoder_speed(networks, engine, threads)
+    speeds = first, decoder_speed(networks, engine, threads) if networks.decoder else first
     resident = _resident(recipe, n_train, shape)
     stages: list[StagePlan] = []
     for eps in recipe.map.radii if recipe.map else (recipe.encoder.attack.eps,):
         trip = recipe.replace({"encoder.attack.eps": eps, "map": None})
-        stages += _stages(trip, networks, n_train, n_test, workers, speeds)
+        found = stage_plans(trip, networks, n_train, n_test, workers, speeds)
+        stages += [replace(one, memory=held) for one, held in zip(found, _memory(trip, networks, n_test), strict=True)]
     stages = [replace(s, memory=s.memory | ({"images": resident} if resident else {})) for s in stages]
     each = f", {threads} thread{'s' * (threads > 1)} a worker" if threads else ""
     assumptions = (
-        f"speed: encoder and decoder measured now on {_device_name(device)} in {engine.precision}{each}; loading, "
+        f"speed: encoder and decoder measured now on {device_name(device)} in {engine.precision}{each}; loading, "
         "augmentation and waiting for other workers come on top",
         f"time: in proportion to the workers (here {workers}), on a machine as busy as now; evaluation runs in one "
         "process, with every restart counted",
@@ -124,43 +121,67 @@ def plan(
     return Plan(tuple(networks.listed()), tuple(stages), networks.disk(), assumptions)
 
 
-def _stages(
+def refuse_unshared(recipe: Recipe, workers: int) -> None:
+    """InputError for batches that the workers can't share."""
+    for name, part in (("encoder", recipe.encoder), ("decoder", recipe.decoder)):
+        if part and (part.batch // part.micro) % workers:
+            raise InputError(
+                f"{name}: {part.batch // part.micro} micro-batches a step can't be shared by {workers} workers; set "
+                f"{name}.micro_batch so that batch / micro_batch is a multiple of {workers}"
+            )
+
+
+def stage_plans(
     trip: Recipe, networks: Networks, n_train: int, n_test: int, workers: int, speeds: tuple[float, float]
 ) -> Iterator[StagePlan]:
-    """The stages of one radius; `speeds` in FLOP/s of a worker on the encoder and on the decoder."""
+    """The stages of one radius, and last the evaluation where there are images for it; their memory is left out.
+
+    `speeds` in FLOP/s of a worker on the encoder and on the decoder.
+    """
     part, eps = trip.encoder, trip.encoder.attack.eps
     flops, images = networks.encoder_step(part.attack), part.total_steps(n_train) * part.batch
-    memory = networks.encoder_memory(part.micro)
-    yield StagePlan(f"encoder, ε = {eps:.4g}", images, flops, workers * speeds[0] / flops, memory)
+    yield StagePlan(f"encoder, ε = {eps:.4g}", images, flops, workers * speeds[0] / flops)
     if trip.decoder:
         part = trip.decoder
         flops = networks.decoder_step(part.batch // part.micro // workers)
-        images, memory = part.total_steps(n_train) * part.batch, networks.decoder_memory(part.micro)
-        yield StagePlan(f"decoder, ε = {eps:.4g}", images, flops, workers * speeds[1] / flops, memory)
+        images = part.total_steps(n_train) * part.batch
+        yield StagePlan(f"decoder, ε = {eps:.4g}", images, flops, workers * speeds[1] / flops)
     if n_test:
-        flops, memory = networks.evaluation(), networks.encoder_memory(trip.evaluate.batch)
-        memory = {name: memory[name] for name in ("weights", "activations")}
-        yield StagePlan(f"evaluation, ε = {eps:.4g}", n_test, flops, speeds[0] / flops, memory)
+        flops = networks.evaluation()
+        yield StagePlan(f"evaluation, ε = {eps:.4g}", n_test, flops, speeds[0] / flops)
 
 
-def _speeds(networks: Networks, engine: Engine, threads: int | None) -> tuple[float, float]:
-    """FLOP/s of one worker, forward and backward, on the encoder and on the decoder."""
-    recipe = networks.recipe
+def _memory(trip: Recipe, networks: Networks, n_test: int) -> Iterator[dict[str, int]]:
+    """Bytes that a worker holds in each of `stage_plans`."""
+    yield networks.encoder_memory(trip.encoder.micro)
+    if trip.decoder:
+        yield networks.decoder_memory(trip.decoder.micro)
+    if n_test:
+        held = networks.encoder_memory(trip.evaluate.batch)
+        yield {name: held[name] for name in ("weights", "activations")}
+
+
+def encoder_speed(networks: Networks, engine: Engine, threads: int | None, seconds: float = SECONDS) -> float:
+    """FLOP/s of one worker, forward and backward, on the encoder; measured as `measured` does."""
     with _torch_threads(threads):
-        encoder = (
-            measured(networks.encoder, networks.shape, recipe.encoder.micro, engine) * networks.classify.to_weights
-        )
-        if not (recipe.decoder and networks.decoder):
-            return encoder, encoder
-        decoder = measured(networks.decoder, networks.feature_shape, recipe.decoder.micro, engine)
-        return encoder, decoder * networks.generate.to_weights
+        most = networks.recipe.encoder.micro
+        return measured(networks.encoder, networks.shape, most, engine, seconds) * networks.classify.to_weights
 
 
-def measured(network: nn.Module, shape: Shape, most: int, engine: Engine) -> float:
+def decoder_speed(networks: Networks, engine: Engine, threads: int | None, seconds: float = SECONDS) -> float:
+    """The same on the decoder, which there must be."""
+    assert networks.decoder is not None
+    assert networks.recipe.decoder is not None
+    with _torch_threads(threads):
+        most = networks.recipe.decoder.micro
+        return measured(networks.decoder, networks.feature_shape, most, engine, seconds) * networks.generate.to_weights
+
+
+def measured(network: nn.Module, shape: Shape, most: int, engine: Engine, aim: float = SECONDS) -> float:
     """Inputs a second through forward and backward, on the engine's device and in its precision; takes seconds.
 
-    The batch has at most `most` inputs, and is chosen to take about half a second; the best of three counts
-    (where four inputs take longer than that, one pass of four).
+    The batch has at most `most` inputs, and is chosen to take about `aim` seconds; the best of three counts
+    (where four inputs take longer than half a second, one pass of four).
     """
     placed = engine.place(network).train()
 
@@ -178,13 +199,16 @@ def measured(network: nn.Module, shape: Shape, most: int, engine: Engine) -> flo
     few = min(4, most)
     seconds(few)  # the first pass also loads kernels
     took = seconds(few)
-    batch = max(few, min(most, int(few * _SECONDS / took)))
-    repeats = 3 if took < _SECONDS else 1
+    batch = max(few, min(most, int(few * aim / took)))
+    repeats = 3 if took < SECONDS else 1
     return batch / min(seconds(batch) for _ in range(repeats))
 
 
-def _counted(recipe: Recipe, split: str) -> tuple[int, Shape, int, str]:
-    """Images, their shape, classes of a split, and where these numbers are from."""
+def counted(recipe: Recipe, split: str) -> tuple[int, Shape, int, str]:
+    """Images, their shape, classes of a split (`train`, `test`), and where these numbers are from.
+
+    InputError where neither the files nor the catalogue know.
+    """
     data, key = recipe.data, f"data.{split}"
     named = data.train if split == "train" else data.test
     limit = data.limit if split == "train" else None
@@ -227,7 +251,8 @@ def _torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """The device in words."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"this {device.type.upper()} ({platform.machine()})"

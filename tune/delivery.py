@@ -9,7 +9,7 @@ from types import TracebackType
 from typing import Self
 
 from arae.runs import runs_root
-from arae.tracking.mirror import PENDING, Note, Sender, first_line
+from arae.tracking.mirror import PENDING, Note, Sender, first_line, log_note
 from tune.store import FOLDER
 
 EVERY_S = 3.0
@@ -18,14 +18,15 @@ CLOSING_S = 60.0
 
 
 class Delivery:
-    """A thread that sends what waits in the folders of a sweep's trials and of the stages, while it is a context.
+    """A thread that sends what waits in the folders of a sweep, its trials and the stages, while it is a context.
 
     One sender a sweep, whatever its trials: no trial waits for a server, and workers need no credentials for it. What
     is left at the end is sent by the next command, or by `arae ui`.
     """
 
-    def __init__(self, folder: Path, note: Note) -> None:
+    def __init__(self, folder: Path, note: Note = log_note) -> None:
         self.folder, self.note = folder, note
+        self._failure: str | None = None
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._run, name="delivery", daemon=True)
 
@@ -36,18 +37,19 @@ class Delivery:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._done.set()
         self._thread.join(CLOSING_S)
+        if self._failure is not None or self._thread.is_alive():
+            self.note(f"{self.folder}: MLflow has not had all of this yet; the next command or `arae ui` sends it")
 
     def _run(self) -> None:
-        pause, away = EVERY_S, False
+        pause = EVERY_S
         while True:
             last = self._done.wait(pause)
-            failure = self._sent()
-            if failure is not None and not away:
-                self.note(f"MLflow is away ({failure}); what it misses is kept in the run folders")
-            elif failure is None and away:
+            before, self._failure = self._failure, self._sent()
+            if self._failure is not None and before is None:
+                self.note(f"MLflow is away ({self._failure}); what it misses is kept in the run folders")
+            elif self._failure is None and before is not None:
                 self.note("MLflow answers again")
-            away = failure is not None
-            pause = min(LONGEST_PAUSE_S, 2 * pause) if away else EVERY_S
+            pause = min(LONGEST_PAUSE_S, 2 * pause) if self._failure is not None else EVERY_S
             if last:
                 return
 
@@ -61,6 +63,7 @@ class Delivery:
         return None
 
     def _waiting(self) -> Iterator[Path]:
-        """The folders that have something to send: those of trials before those of their stages."""
+        """The folders that have something to send: parents before children."""
+        yield from (path.parent for path in self.folder.glob(PENDING))
         for place in (self.folder, runs_root() / FOLDER):
             yield from sorted(path.parent for path in place.glob(f"*/{PENDING}"))

@@ -63,6 +63,8 @@ def knee(values: ArrayLike, signs: Sequence[int]) -> int | None:
     points = _upwards(values, signs)[found]
     low, high = points.min(axis=0), points.max(axis=0)
     varied = high > low
+    if not varied.any():
+        return None
     sums = ((points - low)[:, varied] / (high - low)[varied]).sum(axis=1)
     ends = {int(points[:, i].argmax()) for i in np.flatnonzero(varied)}
     best = int(sums.argmax())

@@ -36,7 +36,7 @@ class EarlyStop(Part):
     def rungs(self) -> tuple[float, ...]:
         """Shares of a stage at which it is compared; its end is none of them."""
         found, share = list[float](), self.first
-        while share < 1 - 1e-9:
+        while share < 0.99:  # a rung just before the end would save nothing
             found.append(share)
             share *= self.reduction
         return tuple(found)

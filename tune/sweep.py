@@ -46,19 +46,22 @@ def sweep(recipe: Recipe, space: Space, where: Where, jobs: int | None = None) -
     recipe = prepared(recipe, space)
     refuse_another_sweep(recipe, space)
     check_all(recipe, space, where)
-    family = Family(recipe.name, recipe.name, {}, {"stage": "sweep", "space": space.about or "a space of its own"})
-    with stop_requested() as stop, session(recipe, family=family) as run:
+    tags = {"stage": "sweep", "space": space.about or "a space of its own"}
+    family = Family(recipe.name, recipe.name, {}, tags, delivered=False)
+    delivery = Delivery(RunFolder.of(recipe).path)
+    with stop_requested() as stop, delivery, session(recipe, family=family) as run:
+        delivery.note = run.progress.note
         document = space.model_dump(mode="json", by_alias=True, exclude_defaults=True)
         write_text(run.folder.path / SPACE, yaml.safe_dump(document, sort_keys=False))
         write_plan(run.folder.path, recipe, space, where, run.progress.note)
         journal = Journal(run.folder.path)
         journal.add("command", state="begun")
         try:
-            with Delivery(run.folder.path, run.progress.note):
-                points = points_of(space, space.search, recipe, journal, run.folder.path)
-                _run(Side(recipe, where, jobs), space, points, run, stop)
+            points = points_of(space, space.search, recipe, journal, run.folder.path)
+            _run(Side(recipe, where, jobs), space, points, run, stop)
         finally:
-            journal.add("command", state="ended")
+            with suppress(OSError):
+                journal.add("command", state="ended")
     return run.folder
 
 

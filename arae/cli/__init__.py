@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from arae.cli import clusters, images, looking, recipes, sweeps, trips  # noqa: F401 -- they register their commands
+from arae.cli import clusters, comparing, images, looking, recipes, sweeps, trips  # noqa: F401 -- for their commands
 from arae.cli.options import app
 from arae.errors import AraeError
 

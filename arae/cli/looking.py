@@ -49,8 +49,18 @@ def runs(as_json: Json = False) -> None:
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run folder with records.")]) -> None:
-    """Write a run's map, table and page from its records."""
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder with records; a sweep's folder, or its name.")],
+) -> None:
+    """Write a run's or a sweep's map, table and page from its records."""
+    from arae.checkout import checkout_module
+    from arae.storage import fetched
+
+    # Only a sweep has a space; without the drivers beside the package there are no sweeps, but runs to report.
+    space = next((at for at in (fetched(run), runs_root() / run) if (at / "space.yaml").is_file()), None)
+    if space is not None and checkout_module("tune.results").is_sweep(space):
+        typer.echo(checkout_module("tune.map").write_map(space))
+        return
     from arae.demo import report_folder
 
     typer.echo(report_folder(RunFolder(run)))

@@ -8,14 +8,20 @@ import typer
 
 from arae.cli.options import Device, Overrides, RecipeName, Workers, app, columns
 from arae.config import dump_recipe, load_recipe
+from arae.config.document import parse_override
 from arae.errors import InputError
 from arae.runs import runs_root
+
+SpaceToo = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[SPACE] [key=value]...", help="A search space, by name or file; dotted overrides."),
+]
 
 
 @app.command()
 def ls(
     what: Annotated[
-        str, typer.Argument(help="recipes, data, encoders, decoders, discriminators or metrics")
+        str, typer.Argument(help="recipes, spaces, data, encoders, decoders, discriminators or metrics")
     ] = "recipes",
 ) -> None:
     """List what there is by name."""
@@ -51,15 +57,39 @@ def validate(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def plan(recipe: RecipeName, overrides: Overrides = None, workers: Workers = None, device: Device = None) -> None:
-    """Estimate parameters, memory, FLOPs (the attack's steps counted), images/s and hours before anything starts."""
-    loaded = load_recipe(recipe, overrides or ())
-    from arae.launch import Where
-    from arae.plan import plan_recipe
+def plan(recipe: RecipeName, overrides: SpaceToo = None, workers: Workers = None, device: Device = None) -> None:
+    """Estimate parameters, memory, FLOPs (the attack's steps counted), images/s and hours before anything starts.
 
-    where = Where(workers=workers, device=device)
-    for line in plan_recipe(loaded, workers or 1, where.torch_device()).lines():
+    With SPACE, those of a sweep: trials, stages once they are shared, device hours, storage.
+    """
+    given = list(overrides or ())
+    space = next((text for text in given if "=" not in text), None)
+    if space is not None:
+        given.remove(space)
+        made = _sweep_plan(recipe, space, given, workers, device)
+    else:
+        loaded = load_recipe(recipe, given)
+        from arae.launch import Where
+        from arae.plan import plan_recipe
+
+        made = plan_recipe(loaded, workers or 1, Where(workers=workers, device=device).torch_device()).lines()
+    for line in made:
         typer.echo(line)
+
+
+def _sweep_plan(recipe: str, space: str, given: list[str], workers: int | None, device: str | None) -> list[str]:
+    """The plan of a sweep over a space; the overrides are those of `arae sweep`."""
+    search = dict(parse_override(text) for text in given if text.startswith("search."))
+    loaded = load_recipe(recipe, [text for text in given if not text.startswith("search.")])
+    from arae.checkout import checkout_module
+    from arae.launch import Where
+
+    spaces = checkout_module("tune.space")
+    if not any(text.startswith("name=") for text in given):
+        loaded = loaded.replace({"name": f"{loaded.name}-{spaces.space_name(space)}"})
+    read = spaces.load_space(space, loaded, search)
+    prepared = checkout_module("tune.sweep").prepared(loaded, read)
+    return checkout_module("tune.plan").plan_sweep(prepared, read, Where(workers=workers, device=device)).lines()
 
 
 @app.command()

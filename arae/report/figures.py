@@ -68,13 +68,21 @@ def map_png(table: Table) -> bytes:
 
 def grid_png(grid: Grid) -> bytes:
     """Labelled rows of images; the number under each is its PSNR in dB to the original at the top of its column."""
+    return _png(grid_figure(grid))
+
+
+def grid_figure(grid: Grid, width: float | None = None, size: float = 11) -> Figure:
+    """The grid of reconstructions, to be written. `width`: inches at most; default: 10.5 for the images of a row.
+
+    size: of the labels, in points; the numbers under the images have 0.77 of it. Images are an inch wide at most.
+    """
     from matplotlib.figure import Figure
 
     rows = [("original", grid.originals), *grid.rows]
-    count, _, height, width = grid.originals.shape
-    tile = min(1.0, 10.5 / count)  # inches, as everything here
-    tall = tile * height / width
-    left = 0.25 + 0.085 * max(len(label) for label, _ in rows)
+    count, _, high, across = grid.originals.shape
+    left = 0.25 + 0.085 * size / 11 * max(len(label) for label, _ in rows)  # inches, as everything here
+    tile = min(1.0, (10.5 if width is None else (width - left - 0.05) / 1.05) / count)
+    tall = tile * high / across
     tops, y = [], 0.1
     for i, (label, _) in enumerate(rows):
         y += 0.16 * (i > 0 and label.split(",")[0] != rows[i - 1][0].split(",")[0])  # a gap before another encoder
@@ -82,17 +90,22 @@ def grid_png(grid: Grid) -> bytes:
         y += tall + 0.22
     figure = Figure(figsize=(left + count * tile * 1.05 + 0.05, y), dpi=DPI, facecolor="white")
     for (label, images), top in zip(rows, tops, strict=True):
-        _tiles(figure, label, images, grid.originals, (left, top, tile, tall))
-    return _png(figure)
+        _tiles(figure, label, images, grid.originals, (left, top, tile, tall), size)
+    return figure
 
 
 def _tiles(
-    figure: Figure, label: str, images: Tensor, originals: Tensor, place: tuple[float, float, float, float]
+    figure: Figure,
+    label: str,
+    images: Tensor,
+    originals: Tensor,
+    place: tuple[float, float, float, float],
+    points: float,
 ) -> None:
     """One row of the grid; `place` is (left, top, width, height) of its first tile, in inches from the upper left."""
     left, top, tile, tall = place
     wide, high = figure.get_size_inches()
-    size = {"color": INK, "fontsize": 11, "fontweight": "bold" if images is originals else "normal"}
+    size = {"color": INK, "fontsize": points, "fontweight": "bold" if images is originals else "normal"}
     figure.text((left - 0.12) / wide, 1 - (top + tall / 2) / high, label, ha="right", va="center", **size)
     for i, (image, score) in enumerate(zip(images, _psnr(originals, images), strict=True)):
         x = left + i * tile * 1.05
@@ -103,7 +116,7 @@ def _tiles(
         if images is not originals:
             text = f"{score:.1f}" if np.isfinite(score) else "∞"
             figure.text((x + tile / 2) / wide, 1 - (top + tall + 0.03) / high, text,
-                        ha="center", va="top", fontsize=8.5, color=GREY)  # fmt: skip
+                        ha="center", va="top", fontsize=points * 8.5 / 11, color=GREY)  # fmt: skip
 
 
 def _plane(axes: Axes, table: Table, metric: str, name: str) -> None:

@@ -36,7 +36,7 @@ class Sweeping:
     def __init__(self, home: Path, axes: Mapping[str, Any], **overrides: object) -> None:
         self.home, self.runs = home, home / "runs"
         home.mkdir(exist_ok=True)
-        (home / "tiny.yaml").write_text(dump_recipe(tiny_recipe(make_tiny_npz(home), **overrides)))
+        (home / "tiny.yaml").write_text(dump_recipe(tiny_recipe(make_tiny_npz(home.parent), **overrides)))
         (home / "space.yaml").write_text(yaml.safe_dump({"axes": dict(axes)}, sort_keys=False))
         self.folder = self.runs / "s"
         self.env = {**os.environ, "ARAE_RUNS": str(self.runs)}
@@ -175,7 +175,7 @@ def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
 
     with killed.start() as process:
         until(lambda: stages_begun() >= 1, process)
-        assert end(killed.home, "run_trial") == 1
+        assert end(killed.home, "ray::ImplicitFunc") == 1
         until(lambda: len(killed.events("end")) >= 1, process)
         process.kill()
     time.sleep(2)

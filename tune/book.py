@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 from arae.errors import Stopped
@@ -125,10 +126,17 @@ def callback(book: Book) -> Any:
 
 
 def _reason(trial: Any) -> str:
-    """Why a trial failed, in one line."""
-    error = trial.get_pickled_error() or trial.get_error()
-    cause = getattr(error, "cause", None) or error
-    return last_line(cause) if cause is not None else "its process was killed"
+    """Why a trial failed, in one line. Ray Tune writes the error to a file beside it, and hands it to nobody."""
+    import cloudpickle
+    from ray.exceptions import RayActorError
+
+    try:
+        error = cloudpickle.loads(Path(trial.pickled_error_file).read_bytes())
+    except (OSError, TypeError, ImportError, AttributeError, EOFError, cloudpickle.pickle.UnpicklingError):
+        return "its process ended"
+    if isinstance(error, RayActorError):
+        return "its process was killed, or crashed"
+    return last_line(getattr(error, "cause", None) or error)
 
 
 def last_line(error: object) -> str:

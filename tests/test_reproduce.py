@@ -18,7 +18,7 @@ from arae.adopt import adopt_encoder, finished, has_encoder
 from arae.config import dump_recipe
 from arae.errors import InputError
 from arae.launch import Where
-from arae.models.autoencoder import read_config
+from arae.models.autoencoder import load_autoencoder, read_config
 from arae.records import read_records, write_records
 from arae.runs import RunFolder
 from arae.train.networks import located
@@ -207,6 +207,13 @@ def test_an_encoder_is_adopted_whole_or_not_at_all(tiny_npz: Path, tmp_path: Pat
     assert finished(recipe, target)
     assert read_config(target.model) == read_config(source.model)
     assert adopt_encoder(recipe, target, [source.path]) is None, "it has one already"
+    tapped = recipe.replace({"encoder.layer": "conv2"})
+    deep, shallow = RunFolder(tmp_path / "deep"), RunFolder(tmp_path / "shallow")
+    assert adopt_encoder(tapped, shallow, [source.path]) == source.path, "its training depends on no layer"
+    assert finished(tapped, shallow)
+    assert load_autoencoder(shallow.path).layer == "conv2"
+    assert not has_encoder(recipe, shallow), "which was adopted for one layer"
+    assert adopt_encoder(recipe, deep, [shallow.path]) is None
     weights = source.model / "encoder.safetensors"
     weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\0\1")
     assert adopt_encoder(recipe, RunFolder(tmp_path / "c"), [source.path]) is None, "a damaged one is left"

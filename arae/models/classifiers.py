@@ -1,4 +1,7 @@
-"""Networks with a name of their own: AlexNet, VGG-16, ResNet-18 for small images, and a small one for a CPU."""
+"""Networks with a name of their own: AlexNet, VGG-16, ResNet-18 for small images, and a small one for a CPU.
+
+torchvision is imported where it is used: it brings torch's compiler along, and every command would wait for that.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,6 @@ from typing import TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import VGG, AlexNet, ResNet
-from torchvision.models.resnet import BasicBlock
-from torchvision.models.vgg import cfgs, make_layers
 
 from arae.errors import InputError
 from arae.models.taps import CIFAR_MEAN, CIFAR_STD, IMAGENET_MEAN, IMAGENET_STD, Encoder
@@ -22,6 +22,8 @@ VGG16_STAGES = (2, 2, 3, 3, 3)  # convolutions before each pooling
 
 def alexnet(num_classes: int, in_channels: int, width: float) -> Encoder:
     """torchvision's AlexNet (Krizhevsky 2014, "one weird trick"); taps after ReLU **and** pooling, as in the paper."""
+    from torchvision.models import AlexNet
+
     refuse_grey("alexnet", in_channels)
     net = _at_width(lambda: AlexNet(num_classes=num_classes), width)
     return Encoder(
@@ -41,6 +43,9 @@ def vgg16(num_classes: int, in_channels: int, width: float) -> Encoder:
 
     Taps conv1_1 to conv5_3, each after its ReLU; the paper inverts conv5_1, 512×14×14 at 224 px.
     """
+    from torchvision.models import VGG
+    from torchvision.models.vgg import cfgs, make_layers
+
     refuse_grey("vgg16", in_channels)
     net = _at_width(lambda: VGG(make_layers(cfgs["D"]), num_classes=num_classes), width)
     if width != 1:  # made anew, so without torchvision's initialisation
@@ -66,6 +71,9 @@ def vgg16(num_classes: int, in_channels: int, width: float) -> Encoder:
 
 def resnet18_cifar(num_classes: int, in_channels: int, width: float) -> Encoder:
     """ResNet-18 in its CIFAR form: a 3×3 first convolution, no max pooling; layer4 is 512×4×4 at 32 px."""
+    from torchvision.models import ResNet
+    from torchvision.models.resnet import BasicBlock
+
     net = ResNet(BasicBlock, [2, 2, 2, 2], num_classes=num_classes)
     widths = [scaled(w, width) for w in (64, 128, 256, 512)]
     net.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)

@@ -8,9 +8,7 @@ from functools import cache
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
-from torchvision.models import get_model, get_model_weights, list_models
 
 from arae.errors import InputError
 from arae.models.classifiers import refuse_grey
@@ -33,6 +31,9 @@ PUBLISHED: dict[str, tuple[Rule, ...]] = {
 @cache
 def classifiers() -> tuple[str, ...]:
     """torchvision's classifiers by name, each with the family's prefix."""
+    import torchvision
+    from torchvision.models import list_models
+
     return tuple(FAMILY + name for name in list_models(module=torchvision.models))
 
 
@@ -68,6 +69,8 @@ def torchvision_encoder(name: str, num_classes: int, in_channels: int, width: fl
 
 
 def _network(kind: str, num_classes: int) -> nn.Module:
+    from torchvision.models import get_model
+
     if kind in WITH_AUXILIARY:  # their auxiliary classifiers only help to train them from scratch by plain SGD
         return get_model(kind, weights=None, num_classes=num_classes, aux_logits=False, init_weights=True)
     net = get_model(kind, weights=None, num_classes=num_classes)
@@ -81,6 +84,8 @@ def _statistics(kind: str) -> tuple[Any, Any]:
     """Mean and standard deviation of torchvision's own weights for a network."""
     if kind in WITH_AUXILIARY:  # their files ask for ImageNet's and then undo them to 2x - 1 (`transform_input`)
         return (SIGNED,) * 3, (SIGNED,) * 3
+    from torchvision.models import get_model_weights
+
     transforms: Any = get_model_weights(kind)["DEFAULT"].transforms()
     return getattr(transforms, "mean", IMAGENET_MEAN), getattr(transforms, "std", IMAGENET_STD)
 

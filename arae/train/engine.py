@@ -187,7 +187,10 @@ class Engine:
         store.add(key, 1)
         while (there := store.add(key, 0)) < self.size:
             if time.monotonic() > until:
-                raise RuntimeError(f"connection lost: {there} of {self.size} workers came in {ASSEMBLE_S / 3600:g} h")
+                raise RuntimeError(
+                    f"connection lost: {there} of {self.size} workers came in {ASSEMBLE_S / 3600:g} h; the others may "
+                    "still be bringing their images: see to the storage that they lie on, or to ARAE_SCRATCH there"
+                )
             time.sleep(ASK_S)
 
     def barrier(self) -> None:

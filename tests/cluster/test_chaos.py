@@ -143,7 +143,7 @@ def until(true: Callable[[], object], what: str, pause: float = 0.02) -> None:
 def disturb(chaos: Chaos, process: subprocess.Popen[str]) -> Iterator[str]:
     """Kill workers until there were enough; yields how, each time."""
     chance, killed = random.Random(7), set[int]()
-    ways = ["saving", "both", "step", "both", "start"]
+    ways = ["both", "saving", "step", "both", "start", "both"]
     for number in range(1000):
         if len(killed) >= KILLED:
             return

@@ -76,29 +76,60 @@ def run(head: dict[str, str], tmp_path: Path) -> Run:
     return Run(tmp_path / "home", head)
 
 
-@pytest.mark.parametrize(
-    ("number", "flags", "said"),
-    [(signal.SIGKILL, (), "was killed or crashed"), (signal.SIGSTOP, ("--timeout", 10), "did not answer for")],
-    ids=["killed", "hung"],
-)
-def test_a_worker_that_dies_or_hangs_is_replaced_and_costs_no_bit(
-    run: Run, undisturbed: dict[str, bytes], number: signal.Signals, flags: tuple[object, ...], said: str
+def test_workers_that_die_hang_fail_or_stand_still_are_replaced_and_cost_no_bit(
+    run: Run, undisturbed: dict[str, bytes]
 ) -> None:
-    with run.start("--workers", 2, *flags) as process:
-        until(lambda: run.at_step(25), "step 25", process)
-        victim = run.workers()[-1]
-        os.kill(victim, number)
+    """One after the other, in one run."""
+    with run.start("--workers", 2, "--timeout", 10) as process:
+        for count, (number, said) in enumerate(
+            ((signal.SIGKILL, "was killed or crashed"), (signal.SIGSTOP, "did not answer for")), start=1
+        ):
+            until(lambda count=count: run.at_step(12 * count), f"step {12 * count}", process)
+            victim = run.workers()[-1]
+            os.kill(victim, number)
+            until(lambda count=count: len(run.told("restart")) == count, "restart", process)
+            restart = run.told("restart")[-1]
+            assert said in restart["reason"]
+            assert f"(pid {victim})" in restart["reason"]
+            assert (restart["count"], restart["world_size"]) == (count, 2)
+            reached = max(e["step"] for e in run.told("interval") if e["time"] < restart["time"])
+            assert reached - EVERY <= restart["step"] <= reached + EVERY
+            assert not Path(f"/proc/{victim}").exists()
+        an_error(run, process)
+        standing_still(run, process)
         done = end_of(process)
     assert done.returncode == 0, done.stderr
-    (restart,) = run.told("restart")
-    assert said in restart["reason"]
-    assert f"(pid {victim})" in restart["reason"]
-    assert (restart["count"], restart["world_size"]) == (1, 2)
-    reached = max(e["step"] for e in run.told("interval") if e["time"] < restart["time"])
-    assert reached - EVERY <= restart["step"] <= reached + EVERY
-    assert done.stderr.count(restart["reason"]) == 1
-    assert not Path(f"/proc/{victim}").exists()
+    reasons = [restart["reason"] for restart in run.told("restart")]
+    assert all(done.stderr.count(reason) == 1 for reason in reasons)
+    assert any("worker 0" in reason and "IsADirectoryError" in reason for reason in reasons[2:]), reasons
+    assert any("lost the others" in reason for reason in reasons[3:]), reasons
     assert weights(run.folder) == undisturbed
+
+
+def an_error(run: Run, process: subprocess.Popen[str]) -> None:
+    """Rank 0 can't open its log, for there is a folder in its place: an error that is tried again."""
+    log, aside = run.folder.log, run.folder.path / "aside"
+    until(lambda: run.at_step(36), "step 36", process)
+    before = run.workers()
+    log.rename(aside)
+    log.mkdir()
+    until(lambda: not set(before) & set(run.workers()), "end of the workers", process)
+    log.rmdir()
+    aside.rename(log)
+
+
+def standing_still(run: Run, process: subprocess.Popen[str]) -> None:
+    """Rank 0 waits for ever to open its log, as on a file server that hangs: here a pipe that nobody reads. It still
+    shows that it is there; the other waits for it in a collective until the time limit."""
+    log, aside = run.folder.log, run.folder.path / "aside"
+    until(lambda: run.at_step(48), "step 48", process)
+    before = run.workers()
+    os.mkfifo(run.folder.path / "pipe")
+    log.rename(aside)
+    (run.folder.path / "pipe").rename(log)
+    until(lambda: not set(before) & set(run.workers()), "end of the workers", process)
+    log.unlink()
+    aside.rename(log)
 
 
 def test_a_driver_that_is_killed_takes_its_workers_along_and_the_same_command_goes_on(
@@ -113,45 +144,6 @@ def test_a_driver_that_is_killed_takes_its_workers_along_and_the_same_command_go
     done = run.finish("--workers", 2)
     assert done.returncode == 0, done.stderr
     assert any("resumed the encoder at step" in e["text"] for e in run.told("note"))
-    assert weights(run.folder) == undisturbed
-
-
-def test_an_error_in_one_worker_is_tried_again(run: Run, undisturbed: dict[str, bytes]) -> None:
-    """Here: rank 0 can't open its log, for there is a folder in its place."""
-    log, aside = run.folder.log, run.folder.path / "aside"
-    with run.start("--workers", 2) as process:
-        until(lambda: run.at_step(25), "step 25", process)
-        before = run.workers()
-        log.rename(aside)
-        log.mkdir()
-        until(lambda: not set(before) & set(run.workers()), "end of the first workers", process)
-        log.rmdir()
-        aside.rename(log)
-        done = end_of(process)
-    assert done.returncode == 0, done.stderr
-    restart = run.told("restart")[-1]
-    assert "worker 0" in restart["reason"]
-    assert "IsADirectoryError" in restart["reason"]
-    assert weights(run.folder) == undisturbed
-
-
-def test_a_worker_that_stands_still_while_it_seems_well_is_replaced(run: Run, undisturbed: dict[str, bytes]) -> None:
-    """Rank 0 waits for ever to open its log, as on a file server that hangs: here a pipe that nobody reads. It still
-    shows that it is there; the other waits for it in a collective until the time limit."""
-    log, aside = run.folder.log, run.folder.path / "aside"
-    with run.start("--workers", 2, "--timeout", 10) as process:
-        until(lambda: run.at_step(25), "step 25", process)
-        before = run.workers()
-        os.mkfifo(run.folder.path / "pipe")
-        log.rename(aside)
-        (run.folder.path / "pipe").rename(log)
-        until(lambda: not set(before) & set(run.workers()), "end of the first workers", process)
-        log.unlink()
-        aside.rename(log)
-        done = end_of(process)
-    assert done.returncode == 0, done.stderr
-    restart = run.told("restart")[-1]
-    assert "lost the others" in restart["reason"]
     assert weights(run.folder) == undisturbed
 
 

@@ -14,6 +14,7 @@ from benchmarks.collectives import Group
 Kind = Literal["strong", "weak"]
 COMPARED = 10  # steps: PGD amplifies rounding, and what differs by more than it differs from the first step on
 BOUNDS = {"fp64": 1e-9, "fp32": 1e-3, "bf16": 5e-2, "fp16": 5e-2}
+KINDS: tuple[Kind, ...] = ("strong", "weak")
 LEAST = {"strong": 0.5, "weak": 0.8}
 MOST_WAITING, MOST_STRAGGLING = 0.1, 1.25
 WARM = 0.2  # share of the steps that is not timed

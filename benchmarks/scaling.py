@@ -21,7 +21,7 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from arae.launch import Where, launch
 from arae.models.autoencoder import read_config
 from arae.runs import RunFolder, runs_root
 from benchmarks.collectives import SIZES, measure
-from benchmarks.scaled import Kind, Scaling, ScalingRun, checks, efficiency, stage_run
+from benchmarks.scaled import KINDS, Kind, Scaling, ScalingRun, checks, efficiency, stage_run
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
             placement=options.placement,
             restarts=0,
         )
-        record = scale(recipe, numbers, options.steps, where, path)
+        record = scale(recipe, numbers, options.steps, where, path, options.kinds.split(","))
     except AraeError as error:
         print(error, file=sys.stderr)
         return error.exit_code
@@ -67,6 +67,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("recipe", metavar="RECIPE")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--workers", default="1,2,4,8", help="numbers of workers, with commas")
+    parser.add_argument("--kinds", default="strong,weak", choices=("strong,weak", "strong", "weak"))
     parser.add_argument("--steps", type=int, default=100, help="optimiser steps of each stage in each run")
     parser.add_argument("--address", help="a running Ray cluster: auto, or ray://host:port")
     parser.add_argument("--gpus", type=int, choices=(0, 1), help="GPUs for each worker")
@@ -76,7 +77,9 @@ def arguments() -> argparse.ArgumentParser:
     return parser
 
 
-def scale(recipe: Recipe, numbers: Sequence[int], steps: int, where: Where, path: Path) -> Scaling:
+def scale(
+    recipe: Recipe, numbers: Sequence[int], steps: int, where: Where, path: Path, kinds: Collection[str] = KINDS
+) -> Scaling:
     """The record with all that is asked for; what it has already, of the same recipe and steps, is kept."""
     recipe = short(recipe, steps)
     for part in (recipe.encoder, recipe.decoder):
@@ -92,8 +95,8 @@ def scale(recipe: Recipe, numbers: Sequence[int], steps: int, where: Where, path
         if record.group(number) is None:
             say(f"all_reduce, {number} workers …")
             record = kept(record, path, groups=(*record.groups, measure(replace(where, workers=number), SIZES)))
-        for kind in ("strong", "weak"):
-            if record.run(kind, number) is None:
+        for kind in KINDS:
+            if kind in kinds and record.run(kind, number) is None:
                 say(f"{kind}, {number} workers …")
                 one = run(recipe, kind, numbers[0], replace(where, workers=number), record)
                 record = kept(record, path, runs=(*record.runs, one))

@@ -82,7 +82,7 @@ def test_any_number_of_workers_computes_what_one_does(trained: Callable[[int], R
         assert [len(e["workers"]) for e in theirs] == [world] * len(theirs)
         for a, b in zip(mine, theirs, strict=True):
             assert b["metrics"] == pytest.approx(a["metrics"], rel=TOLERANCE)
-    for stage, falls in (("encoder", 0.95), ("decoder", 0.5)):
+    for stage, falls in (("encoder", 0.95), ("decoder", 0.6)):
         losses = [e["metrics"]["loss"] for e in intervals(one, stage)]
         assert losses[-1] < falls * losses[0]  # or any two trainings would agree
 

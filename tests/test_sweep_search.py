@@ -76,7 +76,8 @@ class Player:
                 self.points.paused(entry, {"group": stage.group, "key": stage.key, "step": reached, "score": value})
                 return
             self.points.passed(entry, outcome(stage))
-        entry.state, entry.objectives = "finished", {"robust_accuracy": 0.5, "psnr": self.score(entry, stage, 1.0)}
+        last = self.points.stages(entry)[-1]
+        entry.state, entry.objectives = "finished", {"robust_accuracy": 0.5, "psnr": self.score(entry, last, 1.0)}
         self.points.ended(entry)
 
 
@@ -131,6 +132,20 @@ def test_groups_do_not_compete_and_each_has_one_at_its_end(recipe: Recipe, tmp_p
         assert count == 6
     whole = sum(player.steps.values())
     assert whole < 0.6 * STEPS * (4 + 24), "half the work is saved even with four groups of six"
+
+
+def test_given_again_it_begins_nothing_that_was_cut_short(recipe: Recipe, tmp_path: Path) -> None:
+    made = space(GRID, **HALVING)
+    first = Player(made, recipe, tmp_path / "s", by_name).play()
+    waiting = first.points.waiting()
+    assert waiting
+    for entry, stage in waiting:  # as the driver does at the end
+        first.points.journal.cut(entry, {**outcome(stage), "steps": first.points.rungs.steps(stage.key)})
+        entry.state = "stopped"
+        first.points.ended(entry)
+    again = Player(made, recipe, tmp_path / "s", by_name).play()
+    assert not again.begun
+    assert [entry.id for entry, _ in again.points.waiting()] == [entry.id for entry, _ in waiting]
 
 
 def test_without_early_stopping_every_stage_goes_to_its_end(recipe: Recipe, tmp_path: Path) -> None:

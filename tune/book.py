@@ -57,7 +57,7 @@ class Book:
         for entry, stage in self.points.waiting():
             step = self.points.rungs.steps(stage.key)
             entry.state, entry.reason = "stopped", f"its {stage.name} at step {step}"
-            self.points.journal.stage(entry, asdict(replace(outcome_of(stage), steps=step)))
+            self.points.journal.cut(entry, asdict(replace(outcome_of(stage), steps=step)))
             self._ended(entry)
 
     def failed(self, entry: Entry, reason: str) -> None:

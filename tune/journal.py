@@ -2,7 +2,8 @@
 
 It is all that a sweep goes on from. Ray Tune's own bookkeeping is thrown away: it knows nothing of stages, and restores
 no scheduler. One object a line, told apart by `event`: `command` (a command began or ended its work), `begin` and `end`
-(of a trial), `stage` (one that a trial made sure of), `rung` and `promoted`. What a kill tears is passed over.
+(of a trial), `stage` (one that a trial made sure of), `cut` (one that it did not), `rung` and `promoted`. What a kill
+tears is passed over.
 """
 
 from __future__ import annotations
@@ -71,9 +72,14 @@ class Journal:
         self.add("begin", id=entry.id, values=entry.values, number=entry.number, learned=entry.learned)
 
     def stage(self, entry: Entry, outcome: dict[str, Any]) -> None:
-        """A trial has made sure of a stage, or was cut short in it."""
+        """A trial has made sure of a stage."""
         entry.passed(outcome)
         self.add("stage", id=entry.id, outcome=outcome)
+
+    def cut(self, entry: Entry, outcome: dict[str, Any]) -> None:
+        """A trial was cut short in a stage."""
+        entry.passed(outcome)
+        self.add("cut", id=entry.id, outcome=outcome)
 
     def end(self, entry: Entry) -> None:
         """A trial has ended."""
@@ -82,12 +88,12 @@ class Journal:
     def entries(self) -> dict[str, Entry]:
         """All trials, in the order in which they were begun."""
         found: dict[str, Entry] = {}
-        for event in self.events("begin", "stage", "end"):
+        for event in self.events("begin", "stage", "cut", "end"):
             if event["event"] == "begin" and event["id"] not in found:
                 found[event["id"]] = Entry(
                     event["id"], event["values"], event["number"], learned=event.get("learned") or {}
                 )
-            elif event["event"] == "stage" and event["id"] in found:
+            elif event["event"] in ("stage", "cut") and event["id"] in found:
                 found[event["id"]].passed(event["outcome"])
             elif event["event"] == "end" and event["id"] in found:
                 for key in ("state", "reason", "objectives"):

@@ -170,7 +170,7 @@ class Work:
                 return replace(outcome, trained=trained, measured=measured), records
             except Busy:
                 if self.stop():
-                    raise
+                    raise Stopped(f"stopped while another trial trained {stage.recipe.name}") from None
                 if time.monotonic() - said > SAID_S:
                     said = time.monotonic()
                     self.note(f"waiting for {stage.recipe.name}, which another trial trains ({said - waited:.0f} s)")

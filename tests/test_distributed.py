@@ -31,6 +31,7 @@ def recipe_of(images: Path) -> Recipe:
     return tiny_recipe(
         images,
         encoder__name="resnet18-cifar",
+        encoder__width=0.25,
         encoder__steps=2,
         encoder__attack__steps=1,
         encoder__attack__eps=0.1,

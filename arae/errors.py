@@ -1,4 +1,4 @@
-"""The ways a command ends early on purpose; each knows its exit code."""
+"""The ways a command ends early on purpose; each knows its exit code. What others' errors say, in a line."""
 
 
 class AraeError(Exception):
@@ -29,3 +29,9 @@ class DiskFull(Stopped):
 
 class NotFinite(AraeError, ValueError):  # noqa: N818 -- it says what the images are
     """Images or gradients hold NaN or infinity: what is measured by them would be no number, or a wrong one."""
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of what an error says, at most 300 characters: of a traceback, the error itself."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arae.errors import InputError
+from arae.errors import InputError, last_line
 from arae.launch import Where
 from arae.storage import is_url, without_secrets
 
@@ -67,7 +67,7 @@ def connect(where: Where) -> None:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, ValueError, RuntimeError, RayError) as error:
-            raise InputError(f"--address {address}: no Ray cluster answers ({_last_line(error)})") from None
+            raise InputError(f"--address {address}: no Ray cluster answers ({last_line(error)})") from None
         return
     cpus = max((where.most or where.workers or 1) * (where.cpus or 1), os.cpu_count() or 1)
     # "local": Ray would else join whatever cluster somebody has started on this machine.
@@ -100,8 +100,3 @@ def worker_environment() -> dict[str, str]:
         own["ARAE_RUNS"] = without_secrets(own["ARAE_RUNS"])
     job = json.loads(os.environ.get(JOB) or "{}").get("runtime_env", {}).get("env_vars", {})
     return {name: value for name, value in own.items() if name not in job}  # Ray refuses what is given twice
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

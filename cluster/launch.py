@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 from arae.config import Recipe
-from arae.errors import AraeError, InputError, Stopped
+from arae.errors import AraeError, InputError, Stopped, last_line
 from arae.launch import Where
 from arae.runs import RunFolder
 from arae.train.log import Listener
@@ -55,7 +55,7 @@ def launch(recipe: Recipe, folder: RunFolder, where: Where, listener: Listener, 
         try:
             news, error = _supervise(make, desk, Patience(where, listener), listener, stop)
         except RayError as lost:
-            raise _kept(folder, f"the Ray cluster does not answer any more ({_last_line(lost)})") from None
+            raise _kept(folder, f"the Ray cluster does not answer any more ({last_line(lost)})") from None
     if news.verdict is not None:
         raise news.verdict.error()
     if error is not None:
@@ -213,7 +213,7 @@ def _trouble(error: Exception) -> str:
     inner = getattr(error, "controller_failure", error)
     if isinstance(inner, RayActorError):
         return "a worker was killed or crashed while the group was being set up"
-    return f"Ray Train failed: {type(inner).__name__}: {_last_line(inner)}"
+    return f"Ray Train failed: {type(inner).__name__}: {last_line(inner)}"
 
 
 def _kept(folder: RunFolder, said: str) -> AraeError:
@@ -223,8 +223,3 @@ def _kept(folder: RunFolder, said: str) -> AraeError:
         kept = f"the {states[-1].stage}'s state of step {states[-1].step}" if states else "what was finished"
         return Stopped(f"{said}; {kept} is kept, and the same command goes on from there")
     return AraeError(f"training failed: {said}; there was no state yet")
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[-1].strip() if lines else type(error).__name__

@@ -100,6 +100,8 @@ def test_whatever_the_true_values_are_the_front_is_among_the_contenders() -> Non
         ([[0, 1], [1, 0]], None),
         ([[1, 1]], None),
         ([[0.9, 0.1], [0, 1], [0.7, 0.7], [np.nan, 2], [1, 0], [0.1, 0.1]], 2),
+        ([[0, 1], [1, 0], [1, 0]], None),  # three points, but only the two ends
+        ([[0.5, 0.5]] * 3, None),
     ],
 )
 def test_the_knee(values: list[list[float]], expected: int | None) -> None:

@@ -182,7 +182,7 @@ def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
     with killed.start() as process:
         begun = len(killed.events("end"))
         until(lambda: len(killed.events("end")) > begun or stages_begun() > 4, process)
-        end(killed.home, "raylet", "gcs_server", most=9)
+        assert end(killed.home, "raylet", "gcs_server", most=9) > 0
         process.wait(PATIENCE_S)
         assert process.returncode != 0
     code, said = killed.run()

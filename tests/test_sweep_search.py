@@ -11,13 +11,16 @@ import pytest
 from training import tiny_recipe
 
 from arae.config import Recipe
-from arae.errors import InputError
+from arae.errors import InputError, Stopped
+from arae.launch import Where
+from arae.monitor.events import read_events
 from tune.journal import Entry, Journal
 from tune.rungs import Rungs
 from tune.search import Points, points_of
 from tune.settings import EarlyStop
 from tune.space import Space
-from tune.store import Stage, stages_of
+from tune.store import Stage, Work, stages_of
+from tune.trial import Voice
 
 EPS, LR, FEATURE = "encoder.attack.eps", "decoder.lr", "decoder.losses.feature"
 STEPS = 90
@@ -176,7 +179,8 @@ def test_killed_at_any_moment_it_goes_on(recipe: Recipe, tmp_path: Path, search:
         assert finished(again.points) == finished(whole.points)
         assert list(again.points.entries) == list(whole.points.entries)
     else:
-        assert all(entry.state == "finished" or again.points.waiting() for entry in again.points.entries.values())
+        open_ones = {entry.id for entry in again.points.entries.values() if entry.state != "finished"}
+        assert open_ones == {entry.id for entry, _ in again.points.waiting()}
 
 
 def test_what_failed_is_tried_by_the_next_command(recipe: Recipe, tmp_path: Path) -> None:
@@ -321,6 +325,33 @@ def test_what_is_measured_is_named_by_what_it_depends_on(recipe: Recipe) -> None
     assert before[1] == after[1], "reconstructions do not depend on the attacks"
     assert stages_of(recipe.replace({"evaluate.protocol": "robustness"}))[1].measured is None
     assert stages_of(recipe.replace({"evaluate.protocol": "reconstruction"}))[0].measured is None
+
+
+def test_a_stage_that_came_to_its_rung_says_so_again(recipe: Recipe) -> None:
+    """Whoever trained it may have been killed before the driver heard; no step is taken again for that."""
+    stage = stages_of(recipe.replace({"encoder.steps": 9, "evaluate.looks": 3}))[0]
+    told = []
+    for _ in range(2):
+        voice = Voice(lambda values: None, {"encoder": 0.3})
+        voice.stage = stage
+        work = Work(
+            where=Where(device="cpu"),
+            parent="s/one",
+            experiment="s",
+            measure=lambda recipe, folder: [],
+            listener=voice,
+            note=lambda text: None,
+            stop=lambda voice=voice: voice.pause is not None,
+            limits={"encoder": 0.3},
+        )
+        with pytest.raises(Stopped):
+            work.ensure(stage)
+        told.append(voice.pause)
+    assert told[0] is not None
+    assert told[0]["step"] == 3
+    assert told[1] == told[0]
+    intervals = [event["step"] for event in read_events(stage.folder.log) if event["event"] == "interval"]
+    assert intervals == sorted(set(intervals))
 
 
 def test_other_images_are_another_stage(recipe: Recipe, tmp_path: Path) -> None:

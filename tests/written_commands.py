@@ -5,9 +5,8 @@ import shlex
 import typer
 
 from arae.cli import app
+from arae.cli.options import recipe_and_space
 from arae.config import load_options, load_recipe
-from arae.config.document import parse_override
-from tune.space import load_space
 
 CLI = typer.main.get_command(app)
 
@@ -39,9 +38,8 @@ def check_arae(words: list[str]) -> None:
 
         load_options(EncodeOptions, list(given["options"] or ()), where=verb)
     elif given.get("recipe") and not given["recipe"].startswith("runs/"):  # a run folder is there after a run only
-        of_recipe = [text for text in overrides if "=" in text and not text.startswith("search.")]
-        recipe = load_recipe(given["recipe"], of_recipe)
         space = given.get("space") or next((text for text in overrides if "=" not in text), None)
-        if space is not None:
-            search = dict(parse_override(text) for text in overrides if text.startswith("search."))
-            load_space(space, recipe, search)
+        if space is None:
+            load_recipe(given["recipe"], overrides)
+        else:
+            recipe_and_space(given["recipe"], space, [text for text in overrides if "=" in text])

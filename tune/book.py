@@ -8,7 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from arae.errors import Stopped
+from arae.errors import Stopped, last_line
 from arae.session import Session
 from tune.journal import Entry
 from tune.search import Points
@@ -73,21 +73,9 @@ class Book:
         """Say how far the sweep has come."""
         entries = list(self.points.entries.values())
         done = sum(entry.state is not None for entry in entries)
-        total = self.space.search.trials or max(len(entries), len(self._all()))
+        total = self.space.search.trials or max(len(entries), self.space.count or 0)
         at_work = "; ".join(f"{self.points.entries[i].number + 1}: {at}" for i, at in self._at.items())
         self.run.progress.task("trials", done, max(total, done + len(self._at)), at_work)
-
-    def _all(self) -> range:
-        search = self.space.search
-        if search.kind != "grid":
-            return range(0)
-        return range(self._crossings * (search.samples if self.space.drawn else 1))
-
-    @property
-    def _crossings(self) -> int:
-        if not hasattr(self, "_counted"):
-            self._counted = sum(1 for _ in self.space.crossings())
-        return self._counted
 
     def _ended(self, entry: Entry) -> None:
         self._at.pop(entry.id, None)
@@ -137,9 +125,3 @@ def _reason(trial: Any) -> str:
     if isinstance(error, RayActorError):
         return "its process was killed, or crashed"
     return last_line(getattr(error, "cause", None) or error)
-
-
-def last_line(error: object) -> str:
-    """What an error says, the last line of it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

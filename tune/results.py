@@ -15,6 +15,7 @@ import yaml
 from arae.config import Recipe, load_recipe
 from arae.errors import InputError
 from arae.records import Record, read_records
+from arae.report.table import strength_of
 from arae.storage import fetched
 from tune.journal import FILE, Entry, Journal
 from tune.space import Point, Space
@@ -177,11 +178,9 @@ def record_of(records: Iterable[Record], objective: str) -> Record | None:
 
 
 def strength(record: Record) -> tuple[float, int, int]:
-    """Attacks in order: by radius, then by kind (AutoAttack, the APGD family, PGD), then by steps over all restarts."""
-    threat = record.threat
-    assert threat is not None
-    kinds = {"pgd": 0, "autoattack": 2}
-    return threat.eps, kinds.get(threat.attack, 1), threat.steps * threat.restarts
+    """Attacks in order: by radius, then by kind, then by steps over all restarts."""
+    assert record.threat is not None
+    return record.threat.eps, *strength_of(record.threat)
 
 
 def by_objective(values: Mapping[str, float], names: Sequence[str]) -> list[float]:

@@ -160,6 +160,13 @@ class Space(Part):
         """The axes whose values are drawn."""
         return tuple(name for name, axis in self.axes.items() if axis.drawn)
 
+    @cached_property
+    def count(self) -> int | None:
+        """How many trials a grid has; None where the search draws them."""
+        if self.search.kind != "grid":
+            return None
+        return sum(1 for _ in self.crossings()) * (self.search.samples if self.drawn else 1)
+
     def crossings(self) -> Iterator[Point]:
         """Every combination of the grid axes, each once; of a space that has none, one that is empty."""
         seen: set[tuple[tuple[str, str], ...]] = set()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from arae.adopt import adopt_encoder, finished
 from arae.config import Data, Recipe, digest_of
@@ -27,7 +27,7 @@ from arae.runs import RunFolder
 from arae.session import Session, session
 from arae.storage import fetched
 from arae.tracking import Family
-from arae.train.log import Listener
+from arae.train.log import Event, Listener
 from arae.train.state import list_states
 
 Name = Literal["encoder", "decoder"]
@@ -191,16 +191,23 @@ class Work:
             fetched(encoder)
             if adopt_encoder(stage.recipe, run.folder, [encoder]) is None and not read_config(run.folder.model):
                 raise AraeError(f"{encoder}: its encoder is not there any more; run the same command again")
-        if self._is_far_enough(stage):
+        if look := self._last_look(stage):
+            for event in look:  # whoever trained it so far may have been killed before it could tell
+                self.listener(event)
             raise Stopped(f"{stage.recipe.name}: as far as it may be for now")
         run.train(self.where, self.listener, self.stop)
         return True
 
-    def _is_far_enough(self, stage: Stage) -> bool:
-        """Whether another trial has trained it as far as this one may."""
+    def _last_look(self, stage: Stage) -> list[Event]:
+        """Where the stage has been trained as far as it may: its beginning and its look there, as its log has them."""
         share = self.limits.get(stage.name, 1.0)
-        totals = [e["steps"] for e in read_events(stage.folder.log) if is_start(e, stage.name)]
-        return share < 1 and bool(totals) and outcome_of(stage).steps >= share * totals[-1] - 1e-6
+        told = [event for event in read_events(stage.folder.log) if event.get("stage") == stage.name]
+        starts = [event for event in told if event["event"] == "stage" and event.get("state") == "started"]
+        if share >= 1 or not starts:
+            return []
+        limit, kept = share * starts[-1]["steps"] - 1e-6, outcome_of(stage).steps
+        looks = [event for event in told if event["event"] == "epoch" and limit <= event["step"] <= kept]
+        return [starts[-1], looks[0]] if looks else []
 
     def _measured(self, stage: Stage, run: Session) -> tuple[bool, float]:
         if stage.evaluation is None or stage.measured is None or stage.measured.is_file():
@@ -217,11 +224,6 @@ class Work:
     def _family(self, stage: Stage) -> Family:
         tags = {"stage": stage.name, "key": stage.key}
         return Family(self.experiment, f"{stage.name} {stage.key[:8]}", {}, tags, delivered=False)
-
-
-def is_start(event: Mapping[str, Any], stage: str) -> bool:
-    """Whether an event is the beginning of a stage's training."""
-    return event.get("event") == "stage" and event.get("stage") == stage and event.get("state") == "started"
 
 
 def is_trained(stage: Stage) -> bool:

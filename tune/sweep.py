@@ -13,13 +13,13 @@ import yaml
 
 from arae.check import check
 from arae.config import Recipe, digest_of
-from arae.errors import AraeError, InputError, Stopped
+from arae.errors import AraeError, InputError, Stopped, last_line
 from arae.files import write_text
 from arae.launch import Where, stop_requested
 from arae.runs import RunFolder
 from arae.session import Session, session
 from arae.tracking import Family
-from tune.book import Book, callback, last_line
+from tune.book import Book, callback
 from tune.delivery import Delivery
 from tune.journal import Journal
 from tune.plan import write_plan

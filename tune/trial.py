@@ -98,15 +98,15 @@ def run_trial(config: dict[str, Any]) -> None:
     try:
         tune.report({"step": 0, "objectives": perform(task, voice, asked)})
     except Stopped as stopped:
-        tune.report({"step": 0, **_said(task, voice, asked, stopped)})
+        tune.report({"step": 0, **_said(voice, asked, stopped)})
 
 
-def _said(task: Task, voice: Voice, asked: Path, stopped: Stopped) -> dict[str, Any]:
+def _said(voice: Voice, asked: Path, stopped: Stopped) -> dict[str, Any]:
     """Why a trial has stopped: it was asked to, has come as far as it may, or its storage or workers went away."""
     if asked.exists():
         return {"asked": True}
-    if voice.stage is not None and (voice.pause is not None or task.limits[voice.stage.name] < 1):
-        return {"pause": voice.pause or voice.of_stage({"step": 0, "score": None})}
+    if voice.pause is not None:
+        return {"pause": voice.pause}
     return {"halt": str(stopped)}
 
 

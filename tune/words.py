@@ -18,7 +18,7 @@ UNITS = {
 
 
 def ended_words(entry: Entry, point: Point) -> str:
-    """How a trial ended: `3: eps=0.75, loss=pixel: robust 45.2%, PSNR 19.81 dB (its encoder was there)`."""
+    """How a trial ended: `3: eps=0.75, loss=pixel: robust 45.2%, PSNR 19.81 dB (encoder taken over)`."""
     head = f"{entry.number + 1}: {point.label}"
     if entry.state == "failed":
         return f"{head}: failed: {entry.reason}"
@@ -30,18 +30,15 @@ def ended_words(entry: Entry, point: Point) -> str:
         if name in UNITS and name != "gpu_hours"
     ]
     there = [stage["stage"] for stage in entry.stages if not stage["trained"] and not stage["measured"]]
-    return f"{head}: {', '.join(values)}" + (f" ({' and '.join(there)} were there)" if there else "")
+    return f"{head}: {', '.join(values)}" + (f" ({' and '.join(there)} taken over)" if there else "")
 
 
 def standing(entries: Collection[Entry], space: Space, jobs: int) -> str:
     """What there is to do: `24 trials, 3 finished, 2 at a time`."""
     search = space.search
-    counted = sum(1 for _ in space.crossings()) * (search.samples if space.drawn else 1)
-    total = f"{counted} trials" if search.kind == "grid" else f"trials drawn by {search.kind}"
+    total = f"{space.count} trials" if space.count is not None else f"trials drawn by {search.kind}"
     if search.trials is not None:
-        total = (
-            f"at most {search.trials} trials" if search.kind == "grid" else f"{search.trials} trials by {search.kind}"
-        )
+        total = f"{search.trials} trials by {search.kind}" if space.count is None else f"at most {search.trials} trials"
     begun = [entry for entry in entries if entry.state is None]
     finished = sum(entry.state == "finished" for entry in entries)
     parts = [total, f"{finished} finished"] if entries else [total]

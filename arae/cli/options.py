@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import wraps
 from inspect import Signature, signature
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -14,6 +14,7 @@ from arae.errors import InputError
 if TYPE_CHECKING:
     from arae.config import Recipe
     from arae.launch import Where
+    from tune.space import Space
 
 app = typer.Typer(
     name="arae",
@@ -119,6 +120,24 @@ def launches(workers: str | None = None) -> Callable[[Callable[..., None]], Call
         return run
 
     return with_flags
+
+
+def recipe_and_space(recipe: str, space: str, overrides: Sequence[str]) -> tuple[Recipe, Space]:
+    """What a sweep varies, and over what; overrides that begin with `search.` are the space's. InputError where wrong.
+
+    Without a name of its own the sweep is called after both.
+    """
+    from arae.checkout import checkout_module
+    from arae.config import load_recipe
+    from arae.config.document import parse_override
+
+    prefix = "search."
+    search = dict(parse_override(text) for text in overrides if text.startswith(prefix))
+    loaded = load_recipe(recipe, [text for text in overrides if not text.startswith(prefix)])
+    spaces = checkout_module("tune.space")
+    if not any(text.startswith("name=") for text in overrides):
+        loaded = loaded.replace({"name": f"{loaded.name}-{spaces.space_name(space)}"})
+    return loaded, spaces.load_space(space, loaded, search)
 
 
 def columns(rows: list[tuple[str, str]]) -> None:

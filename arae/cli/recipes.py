@@ -6,9 +6,8 @@ from typing import Annotated
 
 import typer
 
-from arae.cli.options import Device, Overrides, RecipeName, Workers, app, columns
+from arae.cli.options import Device, Overrides, RecipeName, Workers, app, columns, recipe_and_space
 from arae.config import dump_recipe, load_recipe
-from arae.config.document import parse_override
 from arae.errors import InputError
 from arae.runs import runs_root
 
@@ -79,15 +78,10 @@ def plan(recipe: RecipeName, overrides: SpaceToo = None, workers: Workers = None
 
 def _sweep_plan(recipe: str, space: str, given: list[str], workers: int | None, device: str | None) -> list[str]:
     """The plan of a sweep over a space; the overrides are those of `arae sweep`."""
-    search = dict(parse_override(text) for text in given if text.startswith("search."))
-    loaded = load_recipe(recipe, [text for text in given if not text.startswith("search.")])
+    loaded, read = recipe_and_space(recipe, space, given)
     from arae.checkout import checkout_module
     from arae.launch import Where
 
-    spaces = checkout_module("tune.space")
-    if not any(text.startswith("name=") for text in given):
-        loaded = loaded.replace({"name": f"{loaded.name}-{spaces.space_name(space)}"})
-    read = spaces.load_space(space, loaded, search)
     prepared = checkout_module("tune.sweep").prepared(loaded, read)
     return checkout_module("tune.plan").plan_sweep(prepared, read, Where(workers=workers, device=device)).lines()
 

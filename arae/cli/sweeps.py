@@ -6,9 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arae.cli.options import Overrides, RecipeName, app, launches
-from arae.config import load_recipe
-from arae.config.document import parse_override
+from arae.cli.options import Overrides, RecipeName, app, launches, recipe_and_space
 
 if TYPE_CHECKING:
     from arae.launch import Where
@@ -31,13 +29,6 @@ def sweep(
     """Vary the recipe over a space: train each stage once, measure, map; what was stopped or killed goes on."""
     from arae.checkout import checkout_module
 
-    prefix = "search."
-    given = list(overrides or ())
-    search = dict(parse_override(text) for text in given if text.startswith(prefix))
-    loaded = load_recipe(recipe, [text for text in given if not text.startswith(prefix)])
-    spaces = checkout_module("tune.space")
-    if not any(text.startswith("name=") for text in given):
-        loaded = loaded.replace({"name": f"{loaded.name}-{spaces.space_name(space)}"})
-    read = spaces.load_space(space, loaded, search)
+    loaded, read = recipe_and_space(recipe, space, overrides or ())
     folder = checkout_module("tune.sweep").sweep(loaded, read, where, jobs)
     typer.echo(f"{folder.path}: done; `arae report {folder.path}` draws the map")

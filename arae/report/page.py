@@ -59,6 +59,19 @@ def render(
     """The whole page."""
     subject = recipe.name if recipe else ", ".join(sorted({record.dataset for record in records}))
     title = f"Robustness and reconstruction: {subject}"
+    body = f"""{_summary(table, records)}
+{_map(table, map_png)}
+{_reconstructions(grid_png)}
+{_tables(table)}
+{_glossary()}
+{_commands(commands)}
+{_recipe(recipe)}
+{_provenance(records)}"""
+    return document(title, body)
+
+
+def document(title: str, body: str, css: str = "") -> str:
+    """A page that may fetch nothing and run nothing, its style inside; `css` comes after the report's own."""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -66,19 +79,12 @@ def render(
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{escape(title)}</title>
-<style>{CSS}</style>
+<style>{CSS}{css}</style>
 </head>
 <body>
 <main>
 <h1>{escape(title)}</h1>
-{_summary(table, records)}
-{_map(table, map_png)}
-{_reconstructions(grid_png)}
-{_tables(table)}
-{_glossary()}
-{_commands(commands)}
-{_recipe(recipe)}
-{_provenance(records)}
+{body}
 </main>
 </body>
 </html>
@@ -93,7 +99,7 @@ def _summary(table: Table, records: Sequence[Record]) -> str:
         if small
         else ""
     )
-    seen = "".join(f"<li>{_prose(sentence)}</li>" for sentence in sentences(table))
+    seen = "".join(f"<li>{prose(sentence)}</li>" for sentence in sentences(table))
     return f"<section>\n<h2>What one sees</h2>\n<ul>{seen}</ul>\n{note}\n</section>"
 
 
@@ -106,7 +112,7 @@ def _map(table: Table, png: bytes) -> str:
 {_image(png, "map", " ".join(sentences(table)))}
 <figcaption>One point a training radius: robust accuracy against <b>a</b> PSNR and <b>b</b> SSIM of the
 reconstructions of clean images; up and to the right is better. <b>c</b> Clean accuracy, and robust accuracy at each
-radius attacked with, against the training radius. {_prose(under)}Bars: 95 % intervals.</figcaption>
+radius attacked with, against the training radius. {prose(under)}Bars: 95 % intervals.</figcaption>
 </figure>
 </section>"""
 
@@ -137,7 +143,7 @@ def _tables(table: Table) -> str:
         ("Other measurements", "other", lambda c: c.protocol not in (CLASSIFICATION, RECONSTRUCTION, *BASELINES)),
     )
     shown = [(title, name, columns) for title, name, of in groups if (columns := [c for c in table.columns if of(c)])]
-    notes = "".join(f"<p>{_prose(note)}</p>\n" for note in convergence(table))
+    notes = "".join(f"<p>{prose(note)}</p>\n" for note in convergence(table))
     body = "\n".join(_table(table.rows, columns, title, name) for title, name, columns in shown)
     return f"""<section>
 <h2>The numbers</h2>
@@ -182,7 +188,7 @@ def _heading(column: Column, counts: set[int | None]) -> str:
     n = next(iter(counts)) if len(counts) == 1 else None
     small = [part for part in (how, under, f"n = {n:,}" if n else "") if part]
     mark = f'<abbr title="{meaning}">{arrow}</abbr>'
-    lines = "".join(f"<small>{_prose(part)}</small>" for part in small)
+    lines = "".join(f"<small>{prose(part)}</small>" for part in small)
     return f'<th scope="col"><span>{escape(name)} {mark}{f" ({escape(unit)})" if unit else ""}</span>{lines}</th>'
 
 
@@ -263,7 +269,7 @@ def _first_and_last(times: list[str]) -> list[str]:
     return [first] if first == last else [f"{first} to {last}"]
 
 
-def _prose(text: str) -> str:
+def prose(text: str) -> str:
     """Escaped, with numbers kept on one line with their symbols and units."""
     text = escape(text)
     for loose in (" = ", " %", " dB"):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 
 from arae.config import dump_recipe
-from arae.report.style import CSS
+from arae.report.page import document, prose
 from arae.report.table import number_text
 from tune.map.draw import Drawn, Picture
 from tune.map.marks import told
@@ -36,7 +36,6 @@ td.keys { text-align: left; white-space: nowrap; }
   #points small { font-size: 6.5pt; }
 }
 """
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 _STATES = {"finished": "finished", "stopped": "cut short", "failed": "failed", None: "not at its end"}
 
 
@@ -45,29 +44,12 @@ def render(table: MapTable, pictures: Sequence[Picture]) -> str:
     title = f"Map of the sweep {table.sweep.name}"
     parts = [_summary(table), *map(_figure, pictures), _table(table), _spent(table), _trials(table), _files(pictures),
              _recipe(table), _provenance(table)]  # fmt: skip
-    body = "\n".join(parts)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<title>{escape(title)}</title>
-<style>{CSS}{OWN_CSS}</style>
-</head>
-<body>
-<main>
-<h1>{escape(title)}</h1>
-{body}
-</main>
-</body>
-</html>
-"""
+    return document(title, "\n".join(parts), OWN_CSS)
 
 
 def _summary(table: MapTable) -> str:
-    asked = f"<p>{_prose(table.sweep.space.about)}</p>\n" if table.sweep.space.about else ""
-    seen = "".join(f"<li>{_prose(sentence)}</li>" for sentence in sentences(table))
+    asked = f"<p>{prose(table.sweep.space.about)}</p>\n" if table.sweep.space.about else ""
+    seen = "".join(f"<li>{prose(sentence)}</li>" for sentence in sentences(table))
     small = (
         '<p class="note">A small sweep (<code>scale: small</code>): it shows the effect, and its numbers are not to be '
         "compared with those of full-size experiments.</p>"
@@ -80,7 +62,7 @@ def _summary(table: MapTable) -> str:
 def _figure(picture: Picture) -> str:
     head = f"<h2>{escape(picture.title)}</h2>"
     if not isinstance(picture, Drawn):
-        return f'<section>\n{head}\n<p id="no-{picture.name}">Left out: {_prose(picture.why)}.</p>\n</section>'
+        return f'<section>\n{head}\n<p id="no-{picture.name}">Left out: {prose(picture.why)}.</p>\n</section>'
     shown = picture.svg
     if not shown:
         data = base64.b64encode(picture.png).decode()
@@ -89,7 +71,7 @@ def _figure(picture: Picture) -> str:
 {head}
 <figure>
 <div class="scroll">{shown}</div>
-<figcaption>{_prose(picture.caption)}</figcaption>
+<figcaption>{prose(picture.caption)}</figcaption>
 </figure>
 </section>"""
 
@@ -120,7 +102,7 @@ it is from, and tells its records where it is hovered. The front is that of the 
 def _heading(table: MapTable, measure: Measure) -> str:
     arrow = "↑" if measure.sign > 0 else "↓"
     unit = {"fraction": " (%)", "dB": " (dB)"}.get(measure.unit, "")
-    attack = f"<small>{_prose(table.attack(measure))}</small>" if measure.eps is not None else ""
+    attack = f"<small>{prose(table.attack(measure))}</small>" if measure.eps is not None else ""
     name = measure.label.partition(" at ")[0]
     return f'<th scope="col"><span>{escape(name[:1].upper() + name[1:])} {arrow}{unit}</span>{attack}</th>'
 
@@ -197,7 +179,7 @@ def _trial(trial: Trial, point: int | None) -> str:
         for outcome in trial.outcomes
     )
     digest = "<br>".join(dict.fromkeys(escape(record.digest[:12]) for record in trial.records))
-    words = f'<td class="words">{_prose(state)}</td><td class="keys">{stages}</td><td class="words">{digest}</td>'
+    words = f'<td class="words">{prose(state)}</td><td class="keys">{stages}</td><td class="words">{digest}</td>'
     return (
         f'<tr id="trial-{trial.id}"><th scope="row">{trial.id}</th><td>{point or "—"}</td>'
         f'<td class="words">{escape(trial.point.label)}</td>{words}<td class="words">{records}</td></tr>'
@@ -246,11 +228,3 @@ def _provenance(table: MapTable) -> str:
 {rows}
 </tbody></table></div>
 </section>"""
-
-
-def _prose(text: str) -> str:
-    """Escaped, with numbers kept on one line with their symbols and units."""
-    text = escape(text)
-    for loose in (" = ", " %", " dB"):
-        text = text.replace(loose, loose.replace(" ", "\u00a0"))
-    return text

@@ -61,8 +61,7 @@ class Standing:
         low, high = ([[getattr(cell, end) for cell in cells] for _, cells in rows] for end in ("low", "high"))
         best = {numbers[i] for i in front(values, signs)}
         near = {numbers[i] for i in contenders(low, high, signs)} - best
-        # Of fewer different points there is no knee.
-        found = knee(values, signs) if len({tuple(values[i]) for i in front(values, signs)}) > 2 else None
+        found = knee(values, signs)
         return cls(frozenset(best), frozenset(near), None if found is None else numbers[found])
 
 

@@ -13,6 +13,8 @@ PYTHON ?=
 export PYTHON
 
 BIN := .venv/bin
+# Tests wait for other processes half of the time: a process of pytest per core, four at most. ARGS="-n 0" has one alone.
+PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 22
@@ -25,11 +27,11 @@ demo: setup  ## the main job in small: trains, evaluates, writes runs/demo/repor
 
 test:  ## the test suite, without the tests that need a cluster
 	@.ci/setup --tests
-	@exec $(BIN)/python -m pytest -m "not cluster" $(ARGS)
+	@exec $(BIN)/python -m pytest -m "not cluster" $(PARALLEL) $(ARGS)
 
 test-cluster:  ## the slow tests: several hosts, killed workers and nodes, object storage, outages
 	@.ci/setup --tests
-	@exec $(BIN)/python -m pytest -m cluster $(ARGS)
+	@exec $(BIN)/python -m pytest -m cluster $(PARALLEL) $(ARGS)
 
 lint: setup  ## ruff and pyright, as the commit hooks run them
 	$(BIN)/ruff check .

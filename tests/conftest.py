@@ -30,6 +30,18 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For several processes (`-n 2 --dist loadgroup`): a file's tests stay together, and the long ones begin first.
+
+    Of the slow tests those that start Ray come one after another: two at once would wait for each other's cores until
+    their time limits are over.
+    """
+    items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+    for item in items:
+        alone = item.get_closest_marker("cluster") and item.get_closest_marker("ray")
+        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.path.stem))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu"):
         import torch

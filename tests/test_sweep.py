@@ -163,6 +163,7 @@ def test_a_trial_that_always_fails_is_left_out_and_none_that_succeeds_is_an_erro
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
     """A trial's process, then the driver, then Ray's own; nothing is trained twice."""
     sizes = {"encoder__steps": 120, "decoder__steps": 120, "state__every": 10}

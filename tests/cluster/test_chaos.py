@@ -28,7 +28,12 @@ from training import BATCH, tiny_recipe, weights
 from arae.config import Recipe, dump_recipe
 from arae.runs import RunFolder
 
-pytestmark = [pytest.mark.cluster, pytest.mark.integration, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.ray,
+    pytest.mark.integration,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
 KILLED = 20
 IMAGES = 96
 STEPS = {"encoder": 24, "decoder": 80}

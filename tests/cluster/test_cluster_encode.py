@@ -21,7 +21,7 @@ from arae.data.encode import EncodeOptions, encode
 
 pytest.importorskip("ray", reason="Ray is not installed")
 pytest.importorskip("ffcv", reason="FFCV is not installed")
-pytestmark = [pytest.mark.cluster, pytest.mark.integration]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.integration]
 
 N, SHARD, SIDE = 60, 3, 1600
 OPTIONS = ("split=all", "mode=jpg", "size=512", f"shard={SHARD}")

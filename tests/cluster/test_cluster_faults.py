@@ -20,7 +20,7 @@ from training import weights
 
 from arae.train.state import list_states, read_state
 
-pytestmark = [pytest.mark.cluster, pytest.mark.integration]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.integration]
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,7 @@ class Reader:
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 def test_from_nothing_to_a_run_on_two_nodes(cluster: Cluster, tmp_path: Path, repository: Path) -> None:
     shared = tmp_path / "shared"
     own = {"10.77.0.1": ADDRESSES["head"], "eth0": INTERFACE, "/mnt/arae": str(shared), "/opt/arae": str(repository)}

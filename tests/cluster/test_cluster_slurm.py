@@ -16,7 +16,7 @@ from training import tiny_recipe, weights
 from arae.config import dump_recipe
 from arae.runs import RunFolder
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 HERE = Path(sys.executable).parent
 
 

@@ -44,6 +44,7 @@ def cluster(hosts: Cluster) -> Cluster:
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 def test_who_has_not_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> None:
     empty = tmp_path / "token"
     empty.touch()
@@ -55,6 +56,7 @@ def test_who_has_not_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> N
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 def test_with_as_many_workers_as_before_the_weights_are_bit_for_bit_the_same(
     cluster: Cluster, tmp_path: Path, tiny_npz: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_with_as_many_workers_as_before_the_weights_are_bit_for_bit_the_same(
 
 
 @pytest.mark.cluster
+@pytest.mark.ray
 def test_an_elastic_group_goes_on_with_those_that_are_left(cluster: Cluster, tmp_path: Path, tiny_npz: Path) -> None:
     small = {f"{stage}__micro_batch": 8 for stage in ("encoder", "decoder")}  # four a step: three workers share them
     recipe = tiny_recipe(

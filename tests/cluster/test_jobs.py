@@ -22,7 +22,7 @@ from training import tiny_recipe, weights
 from arae.config import dump_recipe
 from arae.runs import RunFolder
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 MARK = "ARAE_TEST_CLUSTER"

@@ -31,7 +31,7 @@ test:  ## the test suite, without the tests that need a cluster
 
 test-cluster:  ## the slow tests: several hosts, killed workers and nodes, object storage, outages
 	@.ci/setup --tests
-	@exec $(BIN)/python -m pytest -m cluster $(PARALLEL) $(ARGS)
+	@exec $(BIN)/python -m pytest -m cluster tests/cluster $(PARALLEL) $(ARGS)
 
 lint: setup  ## ruff and pyright, as the commit hooks run them
 	$(BIN)/ruff check .

@@ -17,7 +17,7 @@ from arae.differences import INTERVALS, Comparison, Measured, Pair
 from arae.errors import InputError
 from arae.matching import Key, by_key, circumstances, matched, measure, settings
 from arae.records import Record, read_records
-from arae.runs import runs_root
+from arae.runs import RunFolder, runs_root
 from arae.storage import fetched, glance
 
 Kind = Literal["sweep", "records", "benchmark"]
@@ -58,7 +58,7 @@ def _located(name: str) -> tuple[Kind, Path]:
         return ("benchmark" if path.suffix == ".json" else "records"), path
     if not path.is_dir():
         raise InputError(f"{name}: neither a folder or file, nor a run under {runs_root()}; `arae runs` lists those")
-    if (path / "space.yaml").is_file() and (path / "trials.jsonl").is_file():
+    if RunFolder(path).is_sweep:
         return "sweep", path
     if not (path / "records.jsonl").is_file():
         raise InputError(

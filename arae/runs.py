@@ -15,7 +15,10 @@ from arae.errors import Busy
 from arae.files import write_text
 from arae.storage.place import runs_root
 
-__all__ = ["RunFolder", "runs_root"]
+__all__ = ["SHARED", "RunFolder", "runs_root"]
+
+SHARED = "stages"
+"""Folder, among the runs, of the stages that sweeps share."""
 
 LOOKED_AT_S = 1.0  # `arae status` holds a lock for an instant, to see whether there is one
 
@@ -70,6 +73,21 @@ class RunFolder:
     def text(self) -> Path:
         """The same for people."""
         return self.path / "log.txt"
+
+    @property
+    def space(self) -> Path:
+        """Of a sweep: what it varies."""
+        return self.path / "space.yaml"
+
+    @property
+    def trials(self) -> Path:
+        """Of a sweep: its book, one event a line."""
+        return self.path / "trials.jsonl"
+
+    @property
+    def is_sweep(self) -> bool:
+        """Whether it holds a sweep, with its trials in folders inside."""
+        return self.space.is_file() and self.trials.is_file()
 
     def create(self, recipe: Recipe) -> None:
         """Make the folder and write the resolved recipe, all or nothing."""

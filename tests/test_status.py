@@ -262,7 +262,7 @@ def test_every_run_is_listed_and_a_broken_one_hides_none(tiny_npz: Path) -> None
     copied = runs_root() / "mlartifacts" / "1"
     copied.mkdir(parents=True)
     (copied / "recipe.yaml").write_bytes(done.recipe.read_bytes())
-    found = {one.name: one for one in all_runs()}
+    found = {one.name: one for one in all_runs()[0]}
     assert {name: one.standing for name, one in found.items()} == {
         "broken": "unreadable",
         "demo/eps-1": "finished",
@@ -274,6 +274,59 @@ def test_every_run_is_listed_and_a_broken_one_hides_none(tiny_npz: Path) -> None
     assert len(rows) == 3
     assert heading.startswith("run ")
     assert "psnr 23.5  robust_accuracy 0.5" in rows[1]
+
+
+BEGUN = {"event": "command", "state": "begun"}
+ENDED = BEGUN | {"state": "ended"}
+
+
+def trial(event: str, number: int, **fields: object) -> dict[str, object]:
+    return {"event": event, "id": f"t{number}", **fields}
+
+
+def finished(number: int) -> list[dict[str, object]]:
+    return [trial("begin", number), trial("end", number, state="finished", reason=None)]
+
+
+@pytest.mark.parametrize(
+    ("book", "planned", "standing", "counts"),
+    [
+        ([BEGUN, *finished(0), *finished(1), ENDED], 2, "finished", "2 finished, of 2"),
+        ([BEGUN, *finished(0), *finished(1), ENDED], None, "finished", "2 finished"),  # its hours were over
+        ([BEGUN, *finished(0), ENDED], 2, "stopped", "1 finished, of 2"),
+        ([BEGUN, *finished(0), trial("begin", 1), ENDED], None, "stopped", "1 finished, 1 begun"),
+        ([BEGUN, *finished(0), trial("begin", 1)], 2, "killed", "1 finished, 1 begun, of 2"),
+        (
+            [BEGUN, *finished(0), trial("end", 1, state="stopped"), trial("end", 2, state="failed"), ENDED],
+            3,
+            "finished",
+            "1 finished, 1 cut short, 1 failed, of 3",
+        ),
+        ([BEGUN], 2, "killed", ""),
+        ([{"event": "end"}, {"no": "event"}, ENDED], 2, "stopped", ""),
+    ],
+)
+def test_a_sweep_is_one_line_from_its_book(
+    tiny_npz: Path, book: list[dict[str, object]], planned: int | None, standing: Standing, counts: str
+) -> None:
+    recipe = tiny_recipe(tiny_npz, name="sweep")
+    folder = RunFolder.of(recipe)
+    folder.create(recipe)
+    folder.space.write_text("axes: {}")
+    folder.trials.write_text("".join(json.dumps({"time": NOW - 60 + i} | line) + "\n" for i, line in enumerate(book)))
+    (folder.path / "plan.json").write_text(json.dumps({"trials": planned}))
+    for name in ("sweep/t0", "sweep/t1", "stages/encoder-1"):
+        RunFolder(runs_root() / name).create(recipe)
+    (one,), hidden = all_runs(every=False)
+    assert (one.name, one.standing, hidden) == ("sweep", standing, 3)
+    assert counts in table([one], NOW)[1]
+    assert one.heard == NOW - 60 + len(book) - 1
+    assert ("trials " in "".join(lines(one, NOW))) == bool(counts)
+    states = {each.name: each.standing for each in all_runs()[0]}
+    assert states["sweep/t0"] == ("finished" if finished(0)[1] in book else standing)
+    with folder.lock():
+        assert status_of(folder).standing == "running"
+        assert status_of(RunFolder(folder.path / "t1")).standing in ("finished", "failed", "stopped")
 
 
 def test_of_a_long_log_the_end_suffices(tmp_path: Path) -> None:

@@ -8,9 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from arae.runs import runs_root
+from arae.runs import SHARED, runs_root
 from arae.tracking.mirror import PENDING, Note, Sender, first_line, log_note
-from tune.store import FOLDER
 
 EVERY_S = 3.0
 LONGEST_PAUSE_S = 30.0
@@ -65,5 +64,5 @@ class Delivery:
     def _waiting(self) -> Iterator[Path]:
         """The folders that have something to send: parents before children."""
         yield from (path.parent for path in self.folder.glob(PENDING))
-        for place in (self.folder, runs_root() / FOLDER):
+        for place in (self.folder, runs_root() / SHARED):
             yield from sorted(path.parent for path in place.glob(f"*/{PENDING}"))

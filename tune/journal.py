@@ -14,12 +14,11 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from arae.monitor.events import read_events
-
-State = Literal["finished", "stopped", "failed"]
-FILE = "trials.jsonl"
+from arae.monitor.swept import State
+from arae.runs import RunFolder
 
 
 @dataclass
@@ -53,7 +52,7 @@ class Journal:
     """The book of a sweep's folder."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+        self.path = RunFolder(folder).trials
 
     def add(self, event: str, **fields: Any) -> None:
         """Write one line, on disk when this returns. Raises OSError (a full disk)."""

@@ -16,12 +16,13 @@ from arae.config import Recipe, load_recipe
 from arae.errors import InputError
 from arae.records import Record, read_records
 from arae.report.table import strength_of
+from arae.runs import RunFolder
 from arae.storage import fetched
-from tune.journal import FILE, Entry, Journal
+from tune.journal import Entry, Journal
 from tune.space import Point, Space
 from tune.store import Outcome
 
-SPACE, PLAN = "space.yaml", "plan.json"
+PLAN = "plan.json"
 CLEAN = ("clean_accuracy", "psnr", "ssim", "lpips")
 
 
@@ -125,15 +126,10 @@ class Spent:
         )
 
 
-def is_sweep(folder: Path) -> bool:
-    """Whether a run folder is a sweep's."""
-    return (folder / SPACE).is_file() and (folder / FILE).is_file()
-
-
 def load_sweep(folder: Path) -> Sweep:
     """Read a sweep's folder; InputError where it is none, or damaged."""
     folder = fetched(folder)
-    if not is_sweep(folder):
+    if not RunFolder(folder).is_sweep:
         raise InputError(f"{folder}: no sweep; `arae sweep RECIPE SPACE` makes one")
     recipe = load_recipe(folder)
     space = read_space(folder)
@@ -148,7 +144,7 @@ def load_sweep(folder: Path) -> Sweep:
 
 def read_space(folder: Path) -> Space:
     """The space that a sweep's folder was made for."""
-    return Space.model_validate(yaml.safe_load((folder / SPACE).read_text()))
+    return Space.model_validate(yaml.safe_load(RunFolder(folder).space.read_text()))
 
 
 def _trial(folder: Path, recipe: Recipe, space: Space, entry: Entry) -> Trial:

@@ -23,7 +23,7 @@ from arae.launch import Stop, Where
 from arae.models.autoencoder import read_config
 from arae.monitor.events import read_events
 from arae.records import Record, read_records, write_records
-from arae.runs import RunFolder
+from arae.runs import SHARED, RunFolder
 from arae.session import Session, session
 from arae.storage import fetched
 from arae.tracking import Family
@@ -33,7 +33,6 @@ from arae.train.state import list_states
 Name = Literal["encoder", "decoder"]
 Measure = Callable[[Recipe, RunFolder], list[Record]]
 
-FOLDER = "stages"
 EVALUATED = "evaluated"
 WAIT_S = 1.0
 SAID_S = 60.0
@@ -110,7 +109,7 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
 
 
 def _named(recipe: Recipe, name: Name, key: str) -> Recipe:
-    return recipe.replace({"name": f"{FOLDER}/{name}-{key}"})
+    return recipe.replace({"name": f"{SHARED}/{name}-{key}"})
 
 
 def _key(recipe: Recipe, name: Name) -> str:

@@ -23,7 +23,7 @@ from tune.book import Book, callback
 from tune.delivery import Delivery
 from tune.journal import Journal
 from tune.plan import write_plan
-from tune.results import SPACE, read_space
+from tune.results import read_space
 from tune.search import Points, id_of, points_of, searcher
 from tune.side import Side
 from tune.space import Space
@@ -52,7 +52,7 @@ def sweep(recipe: Recipe, space: Space, where: Where, jobs: int | None = None) -
     with stop_requested() as stop, delivery, session(recipe, family=family) as run:
         delivery.note = run.progress.note
         document = space.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-        write_text(run.folder.path / SPACE, yaml.safe_dump(document, sort_keys=False))
+        write_text(run.folder.space, yaml.safe_dump(document, sort_keys=False))
         write_plan(run.folder.path, recipe, space, where, run.progress.note)
         journal = Journal(run.folder.path)
         journal.add("command", state="begun")
@@ -88,7 +88,7 @@ def refuse_another_sweep(recipe: Recipe, space: Space) -> None:
     """InputError where the sweep's folder holds one of another recipe or space. The search may change: budgets grow."""
     folder = RunFolder.of(recipe)
     again = "give this one another name=… or delete the folder"
-    if (folder.path / SPACE).is_file():
+    if folder.space.is_file():
         old = read_space(folder.path)
         if (old.axes, old.fixed) != (space.axes, space.fixed):
             raise InputError(f"{folder.path} holds a sweep of another space (its axes differ); {again}")

@@ -34,16 +34,21 @@ def status(
 
 
 @app.command()
-def runs(as_json: Json = False) -> None:
-    """List all runs: how each stands, its step, when it was last heard, its main numbers."""
+def runs(
+    as_json: Json = False,
+    every: Annotated[bool, typer.Option("--all", help="Also the trials of sweeps, and the stages they share.")] = False,
+) -> None:
+    """List all runs: how each stands, its step, when it was last heard, its main numbers. A sweep is one line."""
     from arae.monitor.status import all_runs, as_document
     from arae.monitor.watching import table
 
-    found = all_runs()
+    found, hidden = all_runs(every=every)
     if as_json:
         typer.echo(json.dumps([as_document(one) for one in found]))
     elif found:
         typer.echo("\n".join(table(found)))
+        if hidden:
+            typer.echo(f"and {hidden} trials and stages of sweeps: `arae runs --all`", err=True)
     else:
         typer.echo(f"{runs_root()}: no runs yet; `arae train RECIPE` makes one", err=True)
 
@@ -57,8 +62,8 @@ def report(
     from arae.storage import fetched
 
     # Only a sweep has a space; without the drivers beside the package there are no sweeps, but runs to report.
-    space = next((at for at in (fetched(run), runs_root() / run) if (at / "space.yaml").is_file()), None)
-    if space is not None and checkout_module("tune.results").is_sweep(space):
+    space = next((at for at in (fetched(run), runs_root() / run) if RunFolder(at).is_sweep), None)
+    if space is not None:
         typer.echo(checkout_module("tune.map").write_map(space))
         return
     from arae.demo import report_folder

@@ -17,8 +17,9 @@ from arae.errors import AraeError, InputError
 from arae.models.autoencoder import read_config
 from arae.monitor.events import read_events
 from arae.monitor.pace import Worker
+from arae.monitor.swept import Book, sweep_of
 from arae.monitor.told import Told
-from arae.runs import RunFolder, runs_root
+from arae.runs import SHARED, RunFolder, runs_root
 from arae.storage import fetch_runs, fetched, glance
 from arae.storage.lease import NAME as LEASE
 from arae.storage.place import remote_of
@@ -83,6 +84,8 @@ class Status:
     restart_times: list[float] = field(default_factory=list)
     records: dict[str, float] = field(default_factory=dict)
     """Values of the run's own records, on clean images, by metric."""
+    trials: dict[str, int] | None = None
+    """Of a sweep: its trials by how they stand; `step` and `steps` count them too."""
     pending: int = 0
     """Operations that MLflow has not had yet."""
 
@@ -107,11 +110,20 @@ def find_run(run: str) -> RunFolder:
     raise InputError(f"{run}: no run folder, neither here nor under {root}; `arae runs` lists them")
 
 
-def all_runs() -> list[Status]:
-    """Every run under the folder of the runs, by name; of long logs only the end is read."""
+def all_runs(*, every: bool = True) -> tuple[list[Status], int]:
+    """Every run under the folder of the runs, by name, and how many were left out; of long logs only the end is read.
+
+    Without `every` the trials of sweeps are left out, and the stages that they share.
+    """
     fetch_runs()
-    root = runs_root()
-    return [status_of(folder, newest=RECENT) for folder in run_folders(root)]
+    found = list(run_folders(runs_root()))
+    shown = [one for one in found if every or not (is_stage(one) or sweep_of(one))]
+    return [status_of(folder, newest=RECENT) for folder in shown], len(found) - len(shown)
+
+
+def is_stage(folder: RunFolder) -> bool:
+    """Whether a run folder is that of a stage which sweeps share."""
+    return folder.path.parent == runs_root() / SHARED
 
 
 def run_folders(root: Path) -> Iterator[RunFolder]:
@@ -130,6 +142,16 @@ def status_of(folder: RunFolder, *, now: float | None = None, newest: int | None
     except InputError as error:
         status.standing, status.why = "unreadable", str(error)
         return status
+    held = is_held(folder, now)
+    above = sweep_of(folder)
+    if folder.is_sweep or above is not None:
+        status.records = read_main_records(folder.records)
+        status.pending = sum(1 for _ in read_events(folder.path / PENDING))
+        if above is not None:
+            _add_trial(status, Book(above), folder.path.name, held=held, led=is_held(above, now))
+        else:
+            _add_sweep(status, Book(folder), held=held)
+        return status
     told = Told()
     for event in read_events(folder.log, newest):
         told.add(status, event)
@@ -137,8 +159,29 @@ def status_of(folder: RunFolder, *, now: float | None = None, newest: int | None
     _add_states(status, list_states(folder.state), folder, told, now)
     status.records = read_main_records(folder.records)
     status.pending = sum(1 for _ in read_events(folder.path / PENDING))
-    status.standing, status.why = _standing(status, told, recipe, held=is_held(folder, now), now=now)
+    status.standing, status.why = _standing(status, told, recipe, held=held, now=now)
     return status
+
+
+def _add_sweep(status: Status, book: Book, *, held: bool) -> None:
+    status.trials, status.heard, status.stage = book.counts, book.heard, "trials"
+    status.step, status.steps = len(book.ended), book.planned
+    if held:
+        status.standing = "running"
+    elif book.at_work:
+        status.standing = "killed"
+    else:
+        status.standing = "finished" if book.whole else "stopped"
+
+
+def _add_trial(status: Status, book: Book, trial: str, *, held: bool, led: bool) -> None:
+    state, status.why = book.ended.get(trial, (None, None))
+    if held:
+        status.standing = "running"
+    elif state is not None:
+        status.standing = state
+    else:  # where the sweep is at work it waits, on a rung perhaps
+        status.standing = "stopped" if led or not book.at_work else "killed"
 
 
 def _standing(status: Status, told: Told, recipe: Recipe, *, held: bool, now: float) -> tuple[Standing, str | None]:

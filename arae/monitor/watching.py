@@ -34,7 +34,8 @@ def lines(status: Status, now: float | None = None) -> list[str]:
     """A run in some lines, as `arae status` shows it."""
     now = time.time() if now is None else now
     rows = [
-        ("stage", _progress(status)),
+        ("trials", _trials(status)),
+        ("stage", "" if status.trials else _progress(status)),
         ("training", _numbers(status.metrics)),
         ("held out", _validation(status)),
         ("records", _numbers(status.records)),
@@ -70,8 +71,8 @@ def table(statuses: Sequence[Status], now: float | None = None) -> list[str]:
         step = f"{one.step}/{one.steps} ({_percent(one)})" if one.steps and one.standing != "finished" else ""
         left = clock(one.eta_s) if one.standing == "running" and one.eta_s is not None else ""
         heard = ago(now - one.heard) if one.heard is not None else ""
-        stage = one.stage if one.standing != "finished" else " and ".join(one.finished)
-        numbers = _numbers(one.main) or (one.why or "")
+        stage = one.stage if one.standing != "finished" or one.trials else " and ".join(one.finished)
+        numbers = _numbers(one.main) or one.why or _trials(one)
         rows.append((one.name, one.standing, stage or "", step, left, heard, numbers))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -94,6 +95,12 @@ def _progress(status: Status) -> str:
     left = f", {clock(status.eta_s)} left" if status.eta_s is not None and status.standing == "running" else ""
     done = f" step {status.step} of {status.steps} ({_percent(status)})" if status.steps else ""
     return f"{status.stage}{done}{left}"
+
+
+def _trials(status: Status) -> str:
+    """`3 finished, 1 failed, 2 begun, of 24`."""
+    counted = ", ".join(f"{number} {how}" for how, number in (status.trials or {}).items() if number)
+    return f"{counted}, of {status.steps}" if counted and status.steps else counted
 
 
 def _percent(status: Status) -> str:

@@ -9,12 +9,13 @@ from html import escape
 from arae.config import dump_recipe
 from arae.report.page import document, prose
 from arae.report.table import number_text
+from arae.runs import RunFolder
 from tune.map.draw import Drawn, Picture
 from tune.map.marks import told
 from tune.map.spent import planned_and_spent
 from tune.map.table import Group, MapTable, Measure
 from tune.map.words import left_objectives, place_of, sentences
-from tune.results import SPACE, Trial
+from tune.results import Trial
 
 OWN_CSS = """
 figure svg { display: block; width: 100%; height: auto; background: #fff; border-radius: 4px; }
@@ -196,7 +197,7 @@ def _files(pictures: Sequence[Picture]) -> str:
 
 
 def _recipe(table: MapTable) -> str:
-    space = (table.sweep.folder / SPACE).read_text()
+    space = RunFolder(table.sweep.folder).space.read_text()
     return f"""<details id="recipe">
 <summary>The space, and the recipe <code>{escape(table.sweep.name)}</code> that its trials vary (YAML)</summary>
 <pre><code>{escape(space)}</code></pre>

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from arae.runs import RunFolder, runs_root
+from arae.runs import SHARED, RunFolder, runs_root
 from tune.map.words import hours_text
 from tune.results import Sweep
-from tune.store import FOLDER
 
 UNITS = (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3))
 
@@ -49,7 +48,7 @@ def _count(number: int | None) -> str:
 def _storage(sweep: Sweep) -> str:
     """What lies on the disk of the sweep and its stages, as of now."""
     keys = dict.fromkeys((outcome.stage, outcome.key) for trial in sweep.trials for outcome in trial.outcomes)
-    folders = [RunFolder(runs_root() / FOLDER / f"{stage}-{key}").path for stage, key in keys]
+    folders = [RunFolder(runs_root() / SHARED / f"{stage}-{key}").path for stage, key in keys]
     there = [folder for folder in folders if folder.is_dir()]
     total = sum(f.stat().st_size for at in (sweep.folder, *there) for f in at.rglob("*") if f.is_file())
     gone = len(folders) - len(there)

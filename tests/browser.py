@@ -1,14 +1,20 @@
 """A headless Chromium for tests that look at pages as a reader would."""
 
+import os
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
+from tracking import free_port
 
 FLAGS = (
     "--headless=new",
@@ -56,6 +62,13 @@ def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 60.0) -> 
     return page
 
 
+def keep(browser: Chrome, folder: Path, name: str) -> None:
+    """Save what the browser shows to `folder`, or to ARAE_TEST_ARTIFACTS where that is set."""
+    place = Path(os.environ.get("ARAE_TEST_ARTIFACTS") or folder)
+    place.mkdir(parents=True, exist_ok=True)
+    assert browser.save_screenshot(str(place / name))
+
+
 def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = 90) -> None:
     """Wait until each text has been on the page, scrolling all that scrolls: of a long table only a part is there."""
     seen, deadline = "", time.monotonic() + seconds
@@ -70,3 +83,50 @@ def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = 90) ->
                }"""
         )
         time.sleep(0.3)
+
+
+SERVE = """
+import sys
+from pathlib import Path
+from arae.tracking import ui
+sys.exit(ui(Path(sys.argv[1]), port=int(sys.argv[2])))
+"""
+
+
+@contextmanager
+def served(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """MLflow's UI on a folder of runs, by the command `arae ui`: its process, and where it answers."""
+    port = free_port()
+    command = [sys.executable, "-c", SERVE, str(root), str(port)]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            wait_until_up(server, f"http://127.0.0.1:{port}/health")
+            yield server, f"http://127.0.0.1:{port}"
+        finally:
+            if server.poll() is None:
+                server.terminate()
+                server.wait(30)
+
+
+def wait_until_up(server: subprocess.Popen[str], url: str) -> None:
+    deadline = time.monotonic() + 120
+    while True:
+        assert server.poll() is None, server.stderr and server.stderr.read()
+        assert time.monotonic() < deadline
+        try:
+            with urlopen(url, timeout=5):
+                return
+        except (URLError, OSError):
+            time.sleep(0.3)
+
+
+def wait_until_down(uri: str) -> None:
+    """Nothing of the server may stay behind."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        try:
+            with urlopen(f"{uri}/health", timeout=5):
+                time.sleep(0.3)
+        except (URLError, OSError):
+            return
+    pytest.fail("the server outlived the command")

@@ -11,9 +11,8 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from browser import chromium, find_by_scrolling, text_of
+from browser import chromium, find_by_scrolling, text_of, wait_until_up
 from PIL import Image
-from test_ui_browser import wait_until_up
 from tracking import free_port
 
 from arae.data.encode import EncodeOptions, encode

@@ -1,17 +1,12 @@
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
-from urllib.error import URLError
 from urllib.parse import quote
 from urllib.request import urlopen
 
 import pytest
-from browser import chromium, wait_for_texts
-from tracking import PGD, begin, epoch, free_port, interval, recipe, record, stage
+from browser import chromium, keep, served, wait_for_texts, wait_until_down
+from tracking import PGD, begin, epoch, interval, recipe, record, stage
 
 from arae.records import Model
 from arae.tracking import Tracker
@@ -23,13 +18,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning:sqlalchemy"),
     pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy is deprecated"),
 ]
-
-SERVE = """
-import sys
-from pathlib import Path
-from arae.tracking import ui
-sys.exit(ui(Path(sys.argv[1]), port=int(sys.argv[2])))
-"""
 
 
 def train(tracker: Tracker, eps: float, psnr: float, robust: float) -> None:
@@ -56,56 +44,19 @@ def test_the_pages_compare_the_runs_of_a_map(tmp_path: Path, monkeypatch: pytest
     pending.write_text(json.dumps({"op": "metrics", "step": 0, "time": 1, "values": {"final/late": 4.5}}) + "\n")
     runs = [json.loads((tmp_path / name / CARD).read_text())["run_id"] for name in names]
 
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVE, str(tmp_path), str(port)], stderr=subprocess.PIPE, text=True
-    )
-    try:
-        wait_until_up(server, f"http://127.0.0.1:{port}/health")
+    with served(tmp_path) as (server, uri):
         assert not pending.exists()
         with chromium(tmp_path / "profile", height=1600) as browser:
-            browser.get(
-                f"http://127.0.0.1:{port}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments=%5B%221%22%5D"
-            )
+            browser.get(f"{uri}/#/compare-runs?runs={quote(json.dumps(runs))}&experiments=%5B%221%22%5D")
             values = ["21.38", "23.63", "0.125", "0.625", "4.5"]  # the page rounds to four digits
             metrics = ["final/psnr.reconstruction", "final/robust_accuracy.l2-1.5.pgd-50x5", "train_eps"]
             wait_for_texts(browser, [*names, *metrics, *values])
-            browser.save_screenshot(str(tmp_path / "compare.png"))
-        url = f"http://127.0.0.1:{port}/ajax-api/2.0/mlflow/artifacts/list?run_uuid={runs[0]}"
+            keep(browser, tmp_path, "compare.png")
+        url = f"{uri}/ajax-api/2.0/mlflow/artifacts/list?run_uuid={runs[0]}"
         with urlopen(url, timeout=30) as answer:
             assert "recipe.yaml" in answer.read().decode()
         server.send_signal(signal.SIGINT)
         server.wait(30)
         assert server.stderr
-        assert f"http://127.0.0.1:{port}" in server.stderr.read()
-        wait_until_down(port)
-    finally:
-        if server.poll() is None:
-            os.kill(server.pid, signal.SIGTERM)
-            server.wait(30)
-        if server.stderr:
-            server.stderr.close()
-
-
-def wait_until_up(server: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + 120
-    while True:
-        assert server.poll() is None, server.stderr and server.stderr.read()
-        assert time.monotonic() < deadline
-        try:
-            with urlopen(url, timeout=5):
-                return
-        except (URLError, OSError):
-            time.sleep(0.3)
-
-
-def wait_until_down(port: int) -> None:
-    """Nothing of the server may stay behind."""
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline:
-        try:
-            with urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                time.sleep(0.3)
-        except (URLError, OSError):
-            return
-    pytest.fail("the server outlived the command")
+        assert uri in server.stderr.read()
+        wait_until_down(uri)

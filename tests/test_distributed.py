@@ -8,22 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from conftest import make_tiny_npz
-from groups import spawn
+from groups import spawn, train_on
 from safetensors.torch import load_file, save_file
 from training import tiny_recipe
 
 from arae import precision
-from arae.config import Recipe, dump_recipe, load_recipe
+from arae.config import Recipe
 from arae.models import create_decoder, create_discriminator, create_encoder
-from arae.runs import RunFolder
 from arae.train import engine as engine_module
 from arae.train.decoder import DecoderTrainer
 from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine
 from arae.train.micro import Micro
-from arae.train.run import train
 
 
 def recipe_of(images: Path) -> Recipe:
@@ -40,18 +37,6 @@ def recipe_of(images: Path) -> Recipe:
     )
 
 
-def worker(rank: int, world: int, folder: str) -> None:
-    """One worker of a gloo group."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        path = Path(folder)
-        train(load_recipe(path / "recipe.yaml"), RunFolder(path / "run"), torch.device("cpu"))
-    finally:
-        torch.distributed.destroy_process_group()
-
-
 @pytest.mark.integration
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_one_and_two_workers_end_at_the_same_weights(tmp_path: Path, tiny_npz: Path) -> None:
@@ -59,10 +44,8 @@ def test_one_and_two_workers_end_at_the_same_weights(tmp_path: Path, tiny_npz: P
     made = {}
     for world in (1, 2):
         folder = tmp_path / str(world)
-        RunFolder(folder / "run").create(recipe)
-        (folder / "recipe.yaml").write_text(dump_recipe(recipe))
-        mp.spawn(worker, args=(world, os.fspath(folder)), nprocs=world)
-        made[world] = {p.name: load_file(p) for p in sorted((folder / "run" / "model").glob("*.safetensors"))}
+        run = train_on(world, recipe, folder)
+        made[world] = {p.name: load_file(p) for p in sorted(run.model.glob("*.safetensors"))}
     assert set(made[1]) == {"encoder.safetensors", "decoder.safetensors"}
     for part, tensors in made[1].items():
         for name, one in tensors.items():
@@ -121,16 +104,10 @@ def taken(network: torch.nn.Module, name: str) -> dict[str, torch.Tensor]:
     return {key: value.detach().clone().contiguous() for key, value in found.items()}
 
 
-def gradient_worker(rank: int, world: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/store", world)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=world)
-    try:
-        for case in CASES:
-            save_file(gradients(case, Path(folder) / "tiny.npz", SHARE), f"{folder}/{case}-{rank}.safetensors")
-        Path(folder, f"precision-{rank}.json").write_text(json.dumps(mixed_group(rank)))
-    finally:
-        torch.distributed.destroy_process_group()
+def gradient_worker(rank: int, folder: str) -> None:
+    for case in CASES:
+        save_file(gradients(case, Path(folder) / "tiny.npz", SHARE), f"{folder}/{case}-{rank}.safetensors")
+    Path(folder, f"precision-{rank}.json").write_text(json.dumps(mixed_group(rank)))
 
 
 def mixed_group(rank: int) -> dict[str, object]:
@@ -150,7 +127,7 @@ def four_workers(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the gradients that each of four workers ends with, in every case."""
     folder = tmp_path_factory.mktemp("four")
     make_tiny_npz(folder)
-    mp.spawn(gradient_worker, args=(BATCH // SHARE, os.fspath(folder)), nprocs=BATCH // SHARE)
+    spawn(BATCH // SHARE, folder, gradient_worker, os.fspath(folder))
     return folder
 
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
+from groups import train_on
 from hosts import BIN, Cluster, Host, reason_to_skip, secured, three_hosts, until
 from safetensors.torch import load_file
 from training import tiny_recipe, weights
 
-from arae.config import Recipe, dump_recipe, load_recipe
+from arae.config import Recipe, dump_recipe
 from arae.runs import RunFolder
 from arae.train.run import train
 
@@ -61,9 +61,7 @@ def test_with_as_many_workers_as_before_the_weights_are_bit_for_bit_the_same(
     cluster: Cluster, tmp_path: Path, tiny_npz: Path
 ) -> None:
     recipe = tiny_recipe(tiny_npz, encoder__steps=STEPS, decoder__steps=20, state__every=EVERY)
-    expected = RunFolder(tmp_path / "undisturbed")
-    expected.create(recipe)
-    mp.spawn(work, args=(2, os.fspath(expected.path)), nprocs=2)
+    expected = train_on(2, recipe, tmp_path / "undisturbed")
     folder, victim = train_and_lose_a_host(cluster, recipe, tmp_path, "2")
     check_one_restart(folder, victim)
     assert weights(folder) == weights(expected)
@@ -87,17 +85,6 @@ def test_an_elastic_group_goes_on_with_those_that_are_left(cluster: Cluster, tmp
         for name, tensor in load_file(path).items():
             wide, scale = tensor.double(), tensor.double().abs().max()
             assert torch.allclose(there[name].double(), wide, rtol=0, atol=TOLERANCE * float(scale)), name
-
-
-def work(rank: int, workers: int, path: str) -> None:
-    """One process of a run without Ray and with nothing going wrong."""
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{path}.store", workers)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=workers)
-    try:
-        train(load_recipe(path), RunFolder(Path(path)), torch.device("cpu"))
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 def train_and_lose_a_host(cluster: Cluster, recipe: Recipe, tmp_path: Path, workers: str) -> tuple[RunFolder, Host]:

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import on_a_small_disk
 from PIL import Image
 from training import tiny_recipe
 
@@ -130,16 +130,6 @@ def test_labels_out_of_range_are_refused(run_arae: Run, recipe_file: Path, beton
     document["classes"] = document["classes"][:2]
     manifest.write_text(json.dumps(document))
     refused(run_arae("train", recipe_file, f"data.train={beton}"), "data.train", "label")
-
-
-def on_a_small_disk(size: str, folder: Path, command: list[object]) -> subprocess.CompletedProcess[str]:
-    """Run a command with `folder` on a file system of its own that holds so much; skips where that isn't allowed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
-        pytest.skip("needs user namespaces (unshare -Urm) for a small disk")
-    script = 'mount -t tmpfs -o size="$0" tmpfs "$1" && shift && exec "$@"'
-    whole = ["unshare", "-Urm", "sh", "-c", script, size, str(folder), *map(str, command)]
-    return subprocess.run(whole, capture_output=True, text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 @pytest.mark.integration

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from disks import on_a_small_disk
 from sweeping import EPS, GRID, Sweeping
 from tracking import MARKS
 
@@ -84,3 +85,18 @@ def test_a_trial_that_always_fails_is_left_out_and_none_that_succeeds_is_an_erro
     code, said = mixed.run("name=none", "search.retries=0")
     assert code == 1, said
     assert "none of 1 trials came to its end; the first: " in said
+
+
+def test_a_full_disk_stops_it_and_with_room_it_goes_on(tmp_path: Path) -> None:
+    """Of 8 MiB: it holds some stages, and not all."""
+    one = Sweeping(tmp_path / "one", GRID)
+    done = on_a_small_disk("8m", one.runs, one.command, env=one.env, cwd=one.home)
+    assert done.returncode == 75, done.stderr
+    assert "the disk is full" in done.stderr
+    assert "same command" in done.stderr.splitlines()[-1]
+    begun = {path.parent.name for path in one.runs.glob("stages/*/model")}
+    assert begun, "nothing was trained before the disk was full"
+    code, said = one.run()
+    assert code == 0, said
+    assert len(one.table()) == 4
+    assert set(one.trained().values()) == {1}

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from disks import on_a_small_disk
 from driving import ARAE, EVERY, STEPS, Run, end_of, last_words, until
 from training import weights
 
@@ -221,23 +222,16 @@ def test_a_run_folder_that_goes_away_stops_the_run(run: Run) -> None:
 
 
 def test_a_full_disk_under_a_worker_ends_the_group_and_keeps_the_state(tmp_path: Path) -> None:
-    """A file system of 5 MiB, in a namespace of the command's own: the encoder's states fit, the decoder's do not."""
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-Urm", "true"], capture_output=True).returncode:
-        pytest.skip("needs user namespaces (unshare -Urm) for a small disk")
+    """Of 5 MiB: the encoder's states fit, the decoder's do not."""
     run = Run(tmp_path / "home", {**os.environ, "OMP_NUM_THREADS": "1"})
-    run.folder.path.parent.mkdir(parents=True)
-    command = [*ARAE, "train", str(run.recipe), "--workers", "2"]
-    kept = tmp_path / "kept"
-    script = 'mount -t tmpfs -o size=5m tmpfs "$1"; shift; "$@"; code=$?; cp -r "$ARAE_RUNS/tiny" "$0"; exit $code'
-    whole = ["unshare", "-Urm", "sh", "-c", script, str(kept), str(run.folder.path.parent), *command]
-    env = {**run.env, "ARAE_RUNS": str(run.folder.path.parent)}
-    with subprocess.Popen(whole, cwd=run.home, env=env, text=True, stdout=-1, stderr=-1) as process:
-        done = end_of(process)
+    runs = run.folder.path.parent
+    command = [*ARAE, "train", run.recipe, "--workers", "2"]
+    done = on_a_small_disk("5m", runs, command, env={**run.env, "ARAE_RUNS": str(runs)}, cwd=run.home)
     assert done.returncode == 75, done.stderr
     assert "the disk is full" in last_words(done)
     assert "make room and run the same command again" in last_words(done)
     notes: list[str] = []
-    left = list_states(kept / "state")
+    left = list_states(run.folder.state)
     assert {s.stage for s in left} == {"encoder"} or not left
-    assert all(read_state(kept / "state", s, notes.append) for s in left), notes
-    assert left or (kept / "model" / "encoder.safetensors").is_file()
+    assert all(read_state(run.folder.state, s, notes.append) for s in left), notes
+    assert left or (run.folder.model / "encoder.safetensors").is_file()

@@ -155,15 +155,23 @@ def _fill_trunk(trunk: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
             parameter.copy_(given[name])
 
 
+def backbone_at_hand(net: Backbone, weights: str | Path | None = None) -> bool:
+    """Whether LPIPS' file of ImageNet weights is on this machine, by that name or in torch's cache."""
+    return (Path(weights) if weights is not None else _cached(net)).is_file()
+
+
+def _cached(net: str) -> Path:
+    return Path(torch.hub.get_dir()) / "checkpoints" / _BACKBONES[net][0]
+
+
 def _backbone_file(net: str, weights: str | Path | None) -> Path:
     if weights is not None:
         if not Path(weights).is_file():
             raise MetricUnavailable(f"LPIPS ({net}): no file {weights}; give the backbone's ImageNet weights")
         return Path(weights)
-    name = _BACKBONES[net][0]
-    cached = Path(torch.hub.get_dir()) / "checkpoints" / name
+    cached = _cached(net)
     if not cached.is_file():
-        _download(_HUB + name, cached)
+        _download(_HUB + cached.name, cached)
     return cached
 
 

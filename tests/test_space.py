@@ -105,6 +105,13 @@ def test_draws_follow_their_distributions_and_their_seed() -> None:
         ({"axes": {EPS: {"grid": [0, -1]}}}, "eps=-1"),
         ({"axes": {"decoder.lr": {"uniform": [-1, 1]}}}, "lr=-1"),
         ({"axes": {"loss": {"choice": {"odd": {"decoder.loses": 1}}}}}, "at loss=odd"),
+        (
+            {
+                "axes": {"decoder.losses.pixel": {"choice": [1, 0]}, FEATURE: {"choice": [0.1, 0]}},
+                "fixed": {"decoder.losses.adversarial": 0},
+            },
+            "at pixel=0, feature=0",  # each alone is possible
+        ),
         ({"axes": {"loss": {"grid": ["pixel"]}}}, "unknown key loss"),
         ({"axes": {EPS: {"grid": [1]}}, "fixed": {"encoder.nmae": "x"}}, "did you mean encoder.name"),
         ({"axes": {f"{k}": {"grid": list(range(30))} for k in ("seed", "decoder.steps", "decoder.batch")}}, "27000"),

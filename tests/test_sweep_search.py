@@ -15,11 +15,12 @@ from arae.errors import InputError, Stopped
 from arae.launch import Where
 from arae.monitor.events import read_events
 from tune.journal import Entry, Journal
+from tune.results import Spent
 from tune.rungs import Rungs
 from tune.search import Points, points_of
 from tune.settings import EarlyStop
 from tune.space import Space
-from tune.store import Stage, Work, stages_of
+from tune.store import LACKING, Outcome, Stage, Work, stages_of
 from tune.trial import Voice
 
 EPS, LR, FEATURE = "encoder.attack.eps", "decoder.lr", "decoder.losses.feature"
@@ -71,12 +72,14 @@ class Player:
         limits = self.points.limits(entry)
         for stage in self.points.stages(entry):
             if self.points.rungs.is_done(stage.key):
+                self.points.passed(entry, {**outcome(stage), "trained": False, "measured": False})
                 continue
             reached = round(limits[stage.name] * STEPS)
             self.steps[stage.key] = max(self.steps[stage.key], reached)
             if reached < STEPS:
                 value = self.score(entry, stage, limits[stage.name])
-                self.points.paused(entry, {"group": stage.group, "key": stage.key, "step": reached, "score": value})
+                at = {"group": stage.group, "key": stage.key, "step": reached, "score": value}
+                self.points.paused(entry, {**at, "share": limits[stage.name], "seconds": 0.5 * reached})
                 return
             self.points.passed(entry, outcome(stage))
         last = self.points.stages(entry)[-1]
@@ -84,9 +87,19 @@ class Player:
         self.points.ended(entry)
 
 
+def at_rung(key: str, score: float, share: float = 0.1) -> dict[str, Any]:
+    return {"group": "group", "key": key, "share": share, "step": 9, "score": score, "seconds": 4.5}
+
+
 def outcome(stage: Stage) -> dict[str, Any]:
     return {"stage": stage.name, "key": stage.key, "trained": True, "measured": True, "steps": STEPS, "seconds": 60.0,
             "workers": 1, "evaluation_s": 0.0}  # fmt: skip
+
+
+def named(key: str) -> Stage:
+    """A stage of which only the name counts."""
+    nothing: Any = None
+    return Stage("decoder", key, nothing, "group", "encoder", None)
 
 
 def by_name(entry: Entry, stage: Stage, share: float) -> float:
@@ -111,12 +124,88 @@ def test_of_n_that_came_the_best_nth_part_goes_on(n: int, reduction: float, tmp_
     scores = np.random.default_rng(n).permutation(n).astype(float)
     rungs = Rungs(EarlyStop(reduction=reduction, first=0.1), Journal(tmp_path))
     for i, score in enumerate(scores):
-        rungs.arrived("group", str(i), 9, score)
+        rungs.arrived(at_rung(str(i), score))
         best = np.argsort(-scores[: i + 1])[: int((i + 1) / reduction)]
         rungs.promote()
         assert {str(j) for j in best} <= {k for k in map(str, range(i + 1)) if rungs._allowed.get(k, 0) == 1}
     again = Rungs(EarlyStop(reduction=reduction, first=0.1), Journal(tmp_path))
-    assert (again._allowed, again._reached, again._steps) == (rungs._allowed, rungs._reached, rungs._steps)
+    assert (again._allowed, again._reached) == (rungs._allowed, rungs._reached)
+    assert {key: at["score"] for key, at in again.waiting().items()} == {str(i): one for i, one in enumerate(scores)}
+
+
+def test_a_score_counts_on_the_rung_it_was_had_on(tmp_path: Path) -> None:
+    """Two trials share a stage: the second is told of the first rung when the stage has been let on already."""
+    rungs = Rungs(EarlyStop(reduction=3, first=1 / 9), Journal(tmp_path))
+    for i in range(3):
+        rungs.arrived(at_rung(str(i), i, 1 / 9))
+    assert rungs.promote()
+    rungs.arrived(at_rung("2", 2, 1 / 9))  # the second trial's word
+    assert not rungs.waits(named("2")), "it may still go to the second rung"
+    rungs.arrived(at_rung("2", 7, 1 / 3))
+    for again in (rungs, Rungs(EarlyStop(reduction=3, first=1 / 9), Journal(tmp_path))):
+        assert again.waits(named("2"))
+        assert again.waiting()["2"]["score"] == 7
+
+
+def test_rungs_of_an_earlier_command_are_not_mixed_with_others(tmp_path: Path) -> None:
+    first = Rungs(EarlyStop(reduction=3, first=1 / 9), Journal(tmp_path))
+    for i in range(3):
+        first.arrived(at_rung(str(i), i, 1 / 9))
+    assert first.promote()
+    then = Rungs(EarlyStop(reduction=2, first=1 / 4), Journal(tmp_path))
+    assert not any(then.waits(named(str(i))) for i in range(3))
+    assert then.limit(named("2")) == 1 / 2, "it was let on up to a third"
+    assert then.limit(named("0")) == 1 / 4
+
+
+def test_a_stage_that_fails_leaves_its_place_to_the_next(recipe: Recipe, tmp_path: Path) -> None:
+    class Failing(Player):
+        def _end(self, entry: Entry) -> None:
+            stage = self.points.stages(entry)[1]
+            if by_name(entry, stage, 1) > 30 and self.points.limits(entry)["decoder"] > 1 / 9:
+                entry.state, entry.reason = "failed", "diverged"
+                self.points.ended(entry)
+            else:
+                super()._end(entry)
+
+    player = Failing(space(GRID, **HALVING), recipe, tmp_path / "s", by_name).play()
+    entries = player.points.entries.values()
+    assert any(entry.state == "failed" for entry in entries)
+    decoders = {entry.id: player.points.stages(entry)[1] for entry in entries}
+    ended = {decoders[entry.id].group for entry in entries if entry.state == "finished"}
+    assert ended == {decoders[entry.id].group for entry in entries if by_name(entry, decoders[entry.id], 1) <= 30}
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {EPS: {"uniform": [0, 1]}, LR: {"choice": [1e-4, 1e-3]}},  # each encoder is alone at its radius
+        {"encoder.lr": {"log-uniform": [1e-4, 1e-1]}},  # all encoders are compared
+        {EPS: {"choice": [0, 0.5]}, LR: {"log-uniform": [1e-4, 1e-1]}},
+    ],
+)
+def test_hours_are_kept_where_stages_wait(recipe: Recipe, tmp_path: Path, axes: dict[str, Any]) -> None:
+    hours = 20 / 60
+    made = space(axes, kind="random", gpu_hours=hours, **HALVING)
+    points = Player(made, recipe, tmp_path / "s", by_name).play(3000).points
+    assert finished(points)
+    assert hours <= points.gpu_hours() <= hours + 4 / 60
+    again = Player(made, recipe, tmp_path / "s", by_name).play(3000)
+    assert again.begun == []
+    assert again.points.gpu_hours() == pytest.approx(points.gpu_hours())
+
+
+def test_what_another_sweep_trained_is_not_on_this_ones_bill(recipe: Recipe, tmp_path: Path) -> None:
+    points = Player(space(GRID), recipe, tmp_path / "s", by_name).play().points
+    assert points.gpu_hours() == pytest.approx((4 + 24) / 60)
+    spent = Spent.of([[Outcome(**one) for one in entry.stages] for entry in points.entries.values()])
+    assert (spent.stages, spent.device_hours) == ({"encoder": 4, "decoder": 24}, pytest.approx((4 + 24) / 60))
+    for entry in points.entries.values():
+        entry.stages[0] |= {"trained": False, "measured": False}
+    assert points.gpu_hours() == pytest.approx(24 / 60)
+    spent = Spent.of([[Outcome(**one) for one in entry.stages] for entry in points.entries.values()])
+    assert (spent.needed, spent.stages) == ({"encoder": 24, "decoder": 24}, {"encoder": 0, "decoder": 24})
+    assert (spent.device_hours, spent.saved_hours) == (pytest.approx(24 / 60), pytest.approx(24 / 60))
 
 
 def test_groups_do_not_compete_and_each_has_one_at_its_end(recipe: Recipe, tmp_path: Path) -> None:
@@ -143,7 +232,8 @@ def test_given_again_it_begins_nothing_that_was_cut_short(recipe: Recipe, tmp_pa
     waiting = first.points.waiting()
     assert waiting
     for entry, stage in waiting:  # as the driver does at the end
-        first.points.journal.cut(entry, {**outcome(stage), "steps": first.points.rungs.steps(stage.key)})
+        step = first.points.rungs.waiting()[stage.key]["step"]
+        first.points.journal.cut(entry, {**outcome(stage), "steps": step})
         entry.state = "stopped"
         first.points.ended(entry)
     again = Player(made, recipe, tmp_path / "s", by_name).play()
@@ -245,10 +335,28 @@ def test_optuna_learns_over_restarts(kind: str, recipe: Recipe, tmp_path: Path) 
     assert len({tuple(one.values()) for one in values}) == len(values) == 30
     assert finished(more.points) == set(more.points.entries)
     known = [trial for trial in more.points._study.get_trials() if trial.state.name == "COMPLETE"]  # type: ignore[attr-defined]
-    assert len(known) == 30, "what was learned before the restart is known after it"
-    if kind == "tpe":
-        scores = [entry.objectives["psnr"] for entry in more.points.entries.values()]
-        assert np.mean(scores[20:]) > np.mean(scores[:10])
+    points = {tuple(trial.params.items()) for trial in known}  # NSGA-II proposes some again
+    assert len(points) == 30, "what was learned before the restart is known after it"
+    scores = [entry.objectives["psnr"] for entry in more.points.entries.values()]
+    assert np.mean(scores[20:]) > np.mean(scores[:10])
+
+
+def test_optuna_hears_of_a_trial_that_was_cut_short_and_went_on(recipe: Recipe, tmp_path: Path) -> None:
+    made = space(DRAWN, kind="tpe", trials=4, objectives=["psnr"])
+    points: Any = Player(made, recipe, tmp_path / "s", bowl).points
+    entry = points.next()
+    entry.state = "stopped"
+    points.ended(entry)
+    again: Any = Player(made, recipe, tmp_path / "s", bowl).play().points
+    told = [trial for trial in again._study.get_trials() if trial.state.name == "COMPLETE"]
+    assert len(told) == len(again.entries) == 4
+    assert {trial.value for trial in told} == {entry.objectives["psnr"] for entry in again.entries.values()}
+
+
+def test_other_objectives_are_another_sweep(recipe: Recipe, tmp_path: Path) -> None:
+    Player(space(DRAWN, kind="tpe", trials=4, objectives=["psnr"]), recipe, tmp_path / "s", bowl)
+    with pytest.raises(InputError, match=r"search.objectives.*psnr"):
+        Player(space(DRAWN, kind="tpe", trials=4, objectives=["lpips"]), recipe, tmp_path / "s", bowl)
 
 
 def test_optuna_and_conditions(recipe: Recipe, tmp_path: Path) -> None:
@@ -308,6 +416,7 @@ SAME, OTHER = True, False
         ("state.every", 7, SAME, SAME),
         ("name", "another", SAME, SAME),
         ("scale", "small", SAME, SAME),
+        ("encoder.attack.steps", 3, OTHER, OTHER),
     ],
 )
 def test_a_stage_is_named_by_what_it_depends_on(
@@ -317,12 +426,54 @@ def test_a_stage_is_named_by_what_it_depends_on(
     assert [a.key == b.key for a, b in zip(before, after, strict=True)] == [encoder, decoder]
 
 
+def test_without_a_radius_nothing_else_of_the_attack_matters(recipe: Recipe) -> None:
+    clean = recipe.replace({"encoder.attack.eps": 0})
+    other = clean.replace({"encoder.attack.steps": 3, "encoder.attack.norm": "linf"})
+    assert [stage.key for stage in stages_of(clean)] == [stage.key for stage in stages_of(other)]
+
+
+@pytest.mark.parametrize("key", ["encoder.weights", "decoder.comparator"])
+def test_weights_count_by_what_they_are(recipe: Recipe, tmp_path: Path, key: str) -> None:
+    def key_of(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        value: Any = str(tmp_path / name)
+        if key == "decoder.comparator":
+            value = {"name": "small-cnn", "weights": value}
+        return stages_of(recipe.replace({key: value}))[1].key
+
+    first = key_of("a.safetensors", b"one")
+    assert key_of("a.safetensors", b"two") != first
+    assert key_of("a.safetensors", b"one") == first
+
+
+def test_what_lacked_the_weights_of_lpips_is_measured_once_they_are_there(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    stage = stages_of(recipe.replace({"evaluate.lpips": "squeeze"}))[1]
+    assert stage.measured is not None
+    assert not stage.is_measured
+    stage.measured.parent.mkdir(parents=True)
+    stage.measured.touch()
+    assert stage.is_measured
+    stage.measured.with_suffix(LACKING).touch()
+    assert stage.is_measured, "they are still not there"
+    weights = tmp_path / "torch" / "hub" / "checkpoints" / "squeezenet1_1-b8a52dc0.pth"
+    weights.parent.mkdir(parents=True)
+    weights.touch()
+    assert not stage.is_measured
+
+
 def test_what_is_measured_is_named_by_what_it_depends_on(recipe: Recipe) -> None:
     before = [stage.measured for stage in stages_of(recipe)]
     other = recipe.replace({"evaluate.attacks": [{"norm": "l2", "eps": 1.0}]})
     after = [stage.measured for stage in stages_of(other)]
     assert before[0] != after[0]
     assert before[1] == after[1], "reconstructions do not depend on the attacks"
+    for key, value in (("evaluate.lpips", "vgg"), ("evaluate.looks", 5), ("evaluate.factors", [2])):
+        changed = [stage.measured for stage in stages_of(recipe.replace({key: value}))]
+        assert changed[0] == before[0], f"accuracies do not depend on {key}"
+        assert (changed[1] == before[1]) == (key == "evaluate.looks")
     assert stages_of(recipe.replace({"evaluate.protocol": "robustness"}))[1].measured is None
     assert stages_of(recipe.replace({"evaluate.protocol": "reconstruction"}))[0].measured is None
 

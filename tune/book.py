@@ -55,9 +55,10 @@ class Book:
     def close(self) -> None:
         """What still waits on a rung is cut short there."""
         for entry, stage in self.points.waiting():
-            step = self.points.rungs.steps(stage.key)
-            entry.state, entry.reason = "stopped", f"its {stage.name} at step {step}"
-            self.points.journal.cut(entry, asdict(replace(outcome_of(stage), steps=step)))
+            at = self.points.rungs.waiting()[stage.key]
+            entry.state, entry.reason = "stopped", f"its {stage.name} at step {at['step']}"
+            known = replace(outcome_of(stage), trained=True, steps=at["step"], seconds=at["seconds"])
+            self.points.journal.cut(entry, asdict(replace(known, workers=self.points.workers)))
             self._ended(entry)
 
     def failed(self, entry: Entry, reason: str) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from arae.config import Recipe, digest_of
+from arae.config import Recipe
 from arae.launch import Where
 from tune.costs import Cost, Costs
 from tune.journal import Entry, Journal
@@ -132,7 +132,7 @@ class Counting:
         found: dict[str, Way] = {}
         for key, one in sorted(new, key=lambda each: STAGES.index(each[1].stage.name)):
             share, ends = kept(members[one.stage.name, one.stage.group], early)
-            encoder = found.get(one.stage.group) if one.stage.name == "decoder" else None  # its group is its encoder
+            encoder = found.get(one.stage.encoder)
             found[key] = Way(encoder.begun * encoder.ends if encoder else 1.0, share, ends)
         return found
 
@@ -165,9 +165,10 @@ class Counting:
                 self.hours_alone += self._evaluated(stage, stage.evaluation).cost.evaluation
 
     def _evaluated(self, stage: Stage, recipe: Recipe) -> _Once:
-        key = stage.key, digest_of([recipe.evaluate.digested(), recipe.data.model_dump(mode="json"), recipe.precision])
+        assert stage.measured is not None
+        key = stage.key, stage.measured.name
         if key not in self._measured:
-            there = self._trained[stage.key].there and stage.measured is not None and stage.measured.is_file()
+            there = self._trained[stage.key].there and stage.is_measured
             self._measured[key] = _Once(stage, self.costs.of(stage), there)
         return self._measured[key]
 
@@ -177,8 +178,7 @@ class Counting:
         if search.gpu_hours is None and search.hours is None:
             return None
         rows = [self.row(name) for name in KINDS]
-        # A sweep counts every stage of its trials, whoever has trained it.
-        if search.gpu_hours is not None and sum(row.hours + row.hours_there for row in rows) >= search.gpu_hours:
+        if search.gpu_hours is not None and sum(row.hours for row in rows) >= search.gpu_hours:
             return f"search.gpu_hours = {search.gpu_hours:g}"
         if search.hours is not None and sum(row.hours for row in rows) >= search.hours * self.costs.workers:
             return f"search.hours = {search.hours:g}, with one trial at a time"

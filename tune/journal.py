@@ -2,8 +2,8 @@
 
 It is all that a sweep goes on from. Ray Tune's own bookkeeping is thrown away: it knows nothing of stages, and restores
 no scheduler. One object a line, told apart by `event`: `command` (a command began or ended its work), `begin` and `end`
-(of a trial), `stage` (one that a trial made sure of), `cut` (one that it did not), `rung` and `promoted`. What a kill
-tears is passed over.
+(of a trial), `stage` (one that a trial made sure of), `cut` (one that it did not), `rung` (one that came as far as it
+might) and `promoted` (one that may go on). What a kill tears is passed over.
 """
 
 from __future__ import annotations

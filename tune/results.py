@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,7 @@ class Spent:
     needed: dict[str, int]
     """How many trials needed one, by the kind of stage."""
     stages: dict[str, int]
-    """How many there are."""
+    """How many were trained for them; the rest was in the store, or came to it from another sweep."""
     steps: dict[str, int]
     """Training steps of those, each counted once."""
     device_hours: float
@@ -106,21 +106,24 @@ class Spent:
     def of(cls, trials: Iterable[Sequence[Outcome]]) -> Spent:
         """Of the stages of these trials; stages of a kind with the same key are one."""
         every = [outcome for trial in trials for outcome in trial]
-        # A stage that one trial was cut short in may have been carried on by another.
+        # A stage that one trial was cut short in may have been carried on by another; whoever trained it, trained it.
         once: dict[tuple[str, str], Outcome] = {}
         for outcome in every:
-            place = (outcome.stage, outcome.key)
-            if place not in once or outcome.steps >= once[place].steps:
-                once[place] = outcome
+            before = once.get(place := (outcome.stage, outcome.key), outcome)
+            farther = outcome if outcome.steps >= before.steps else before
+            ours = {kind: getattr(before, kind) or getattr(outcome, kind) for kind in ("trained", "measured")}
+            once[place] = replace(farther, **ours)
         kinds = tuple(dict.fromkeys(outcome.stage for outcome in every))
-        paid = sum(one.device_hours + one.evaluation_s / 3600 for one in once.values())
+        mine = [one for one in once.values() if one.trained]
+        paid = sum(one.device_hours for one in mine)
+        paid += sum(one.evaluation_s for one in once.values() if one.measured) / 3600
         alone = sum(
             whole.device_hours + whole.evaluation_s / 3600 for one in every if (whole := once[one.stage, one.key])
         )
         return cls(
             needed={kind: sum(one.stage == kind for one in every) for kind in kinds},
-            stages={kind: sum(one.stage == kind for one in once.values()) for kind in kinds},
-            steps={kind: sum(one.steps for one in once.values() if one.stage == kind) for kind in kinds},
+            stages={kind: sum(one.stage == kind for one in mine) for kind in kinds},
+            steps={kind: sum(one.steps for one in mine if one.stage == kind) for kind in kinds},
             device_hours=paid,
             saved_hours=alone - paid,
         )

@@ -11,13 +11,15 @@ has its state on disk, so it costs nothing to be wrong about it for a while.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 from tune.journal import Journal
 from tune.settings import EarlyStop
 from tune.store import Stage
 
 Scores = dict[str, float]
+NEAR = 1e-9
 
 
 class Rungs:
@@ -31,14 +33,14 @@ class Rungs:
         self.shares = settings.rungs if settings else ()
         self.reduction = settings.reduction if settings else 1.0
         self._scores: defaultdict[str, defaultdict[int, Scores]] = defaultdict(lambda: defaultdict(dict))
-        self._steps: dict[str, int] = {}
+        self._waits: dict[str, dict[str, Any]] = {}
         self._reached: dict[str, int] = {}
         self._allowed: dict[str, int] = {}
         for event in journal.events("rung", "promoted", "stage"):
             if event["event"] == "rung":
-                self._enter(event["group"], event["key"], event["rung"], event["score"], event["step"])
+                self._enter(event)
             elif event["event"] == "promoted":
-                self._allowed[event["key"]] = event["rung"]
+                self._allowed[event["key"]] = sum(one < event["share"] - NEAR for one in self.shares)
             else:
                 self.done(event["outcome"]["key"])
 
@@ -59,16 +61,23 @@ class Rungs:
         """A stage is trained and measured."""
         self._reached[key] = len(self.shares) + 1
 
-    def steps(self, key: str) -> int:
-        """At which step a stage waits."""
-        return self._steps.get(key, 0)
+    def waiting(self) -> dict[str, dict[str, Any]]:
+        """What is known of each stage that is not done, by key: the `step` and the `seconds` of its highest rung."""
+        return {key: at for key, at in self._waits.items() if not self.is_done(key)}
 
-    def arrived(self, group: str, key: str, step: int, score: float) -> None:
-        """A stage has come as far as it may."""
-        rung = self._allowed.get(key, 0)
-        if self._reached.get(key, -1) < rung:
-            self._enter(group, key, rung, score, step)
-            self.journal.add("rung", group=group, key=key, rung=rung, step=step, score=score)
+    def arrived(self, at: Mapping[str, Any]) -> None:
+        """A stage has come as far as a trial was allowed when it began: `group`, `key`, `share`, `step`, `score`,
+        `seconds`. Another that shares the stage may have come there before, or farther since."""
+        rung = self._rung(at["share"])
+        if rung is not None and self._reached.get(at["key"], -1) < rung:
+            self._enter(at)
+            known = {name: at[name] for name in ("group", "key", "share", "step", "score", "seconds")}
+            self.journal.add("rung", **known)
+
+    def lost(self, stage: Stage) -> None:
+        """A stage failed: the places that it has among the best are free."""
+        for scores in self._scores[stage.group].values():
+            scores.pop(stage.key, None)
 
     def promote(self) -> bool:
         """Let the best stages go on that wait, from the highest rung down; whether there were any.
@@ -83,10 +92,10 @@ class Rungs:
                     found |= self._let_on(key, rung)
         return found
 
-    def rescue(self, busy: Collection[str]) -> bool:
+    def rescue(self, busy: Collection[str], *, one: bool = False) -> bool:
         """Once none will come any more: let the best stage of each group go on that would else have none at its end.
 
-        busy: groups with members at work.
+        busy: groups with members at work; one: of the first such group alone.
         """
         found = False
         for name, group in self._scores.items():
@@ -95,17 +104,26 @@ class Rungs:
                 continue
             if all(self._allowed.get(key, 0) <= highest and not self.is_done(key) for key in group[highest]):
                 found |= self._let_on(ranked(group[highest])[0], highest)
+                if one and found:
+                    break
         return found
 
-    def _enter(self, group: str, key: str, rung: int, score: float, step: int) -> None:
-        self._scores[group][rung][key] = score
-        self._reached[key], self._steps[key] = rung, step
+    def _enter(self, at: Mapping[str, Any]) -> None:
+        rung = self._rung(at["share"])
+        if rung is not None:
+            self._scores[at["group"]][rung][at["key"]] = at["score"]
+            self._reached[at["key"]] = rung
+        self._waits[at["key"]] = dict(at)
+
+    def _rung(self, share: float) -> int | None:
+        """The rung at a share of the steps; None where an earlier command had others."""
+        return next((i for i, one in enumerate(self.shares) if abs(one - share) < NEAR), None)
 
     def _let_on(self, key: str, rung: int) -> bool:
         if self._allowed.get(key, 0) > rung or self.is_done(key):
             return False
         self._allowed[key] = rung + 1
-        self.journal.add("promoted", key=key, rung=rung + 1)
+        self.journal.add("promoted", key=key, share=self.shares[rung + 1] if rung + 1 < len(self.shares) else 1.0)
         return True
 
 

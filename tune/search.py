@@ -43,6 +43,8 @@ class Points:
             if entry.state in ("failed", "stopped"):  # a stage that waited may go on where others came since
                 entry.state = None
         self.running: dict[str, Entry] = {}
+        self.workers = 1
+        """That train a stage, as far as it is not known from its end."""
         self._hours = journal.hours()
         self._stages: dict[str, tuple[Stage, ...]] = {}
         self._members = self._compared()
@@ -58,12 +60,13 @@ class Points:
             if (entry := self._ready()) is not None:
                 self.running[entry.id] = entry
                 return entry
-            if self.rungs.promote():
-                continue
-            if not self._used_up(spent_hours) and self._begun():
+            spent = self._spent(spent_hours)
+            if not spent and (self.rungs.promote() or (self._room() and self._begun())):
                 continue
             busy = {stage.group for entry in self.running.values() for stage in self.stages(entry)}
-            if not self.rungs.rescue(busy):
+            # Hours that are over leave what waits where it is, unless there would be nothing at all.
+            some = self.running or any(entry.state == "finished" for entry in self.entries.values())
+            if (spent and some) or not self.rungs.rescue(busy, one=spent):
                 return None
 
     def stages(self, entry: Entry) -> tuple[Stage, ...]:
@@ -84,8 +87,8 @@ class Points:
     def paused(self, entry: Entry, at: Mapping[str, Any]) -> None:
         """A trial's stage has come as far as it may; whoever was there first has said its score."""
         self.running.pop(entry.id, None)
-        if at.get("score") is not None:
-            self.rungs.arrived(at["group"], at["key"], at["step"], at["score"])
+        if at:
+            self.rungs.arrived({**at, "score": float("-inf") if at["score"] is None else at["score"]})
 
     def waiting(self) -> list[tuple[Entry, Stage]]:
         """Trials that wait on a rung, and the stage that does."""
@@ -108,7 +111,11 @@ class Points:
     def _begun(self) -> bool:
         """Begin a new trial; whether there was one."""
         for point, learned in self._source:
-            recipe = self.space.recipe(self.recipe, point)
+            try:
+                recipe = self.space.recipe(self.recipe, point)
+            except InputError:  # a space with too many combinations to have been gone through
+                self.impossible(learned)
+                continue
             if id_of(recipe) in self.entries:
                 self.repeated(learned, self.entries[id_of(recipe)])
                 continue
@@ -119,17 +126,33 @@ class Points:
         return False
 
     def _compared(self) -> dict[str, set[str]] | None:
-        """Of a space that is known beforehand, the encoders of each group."""
-        if self.search.early_stop is None or self.search.kind != "grid" or self.space.drawn:
+        """The encoders that each group may have, as far as the space has them one by one; None: any number.
+
+        Ranges are left at their lower ends, unless the encoder depends on one: then, if it is a range of radii (or of
+        whatever else groups are told apart by), no encoder has others to be compared with, and else every one has.
+        """
+        if self.search.early_stop is None or not self.space.is_listable:
+            return None
+        try:
+            made = [stages_of(self.space.recipe(self.recipe, point))[0] for point in self.space.everywhere()]
+            moved = [
+                [stages_of(self.space.recipe(self.recipe, point))[0] for point in self.space.ends(name)]
+                for name, axis in self.space.axes.items()
+                if axis.ends is not None
+            ]
+        except InputError:  # combinations that can't be are met one by one
+            return None
+        if any(low.group != high.group for low, high in moved):
+            return {}
+        if any(low.key != high.key for low, high in moved):
             return None
         members = defaultdict[str, set[str]](set)
-        for point in self.space.crossings():
-            stage = stages_of(self.space.recipe(self.recipe, point))[0]
+        for stage in made:
             members[stage.group].add(stage.key)
         return members
 
     def _is_alone(self, stage: Stage) -> bool:
-        return stage.name == "encoder" and self._members is not None and len(self._members[stage.group]) == 1
+        return stage.name == "encoder" and self._members is not None and len(self._members.get(stage.group, "1")) == 1
 
     def recipe_of(self, entry: Entry) -> tuple[Point, Recipe]:
         """Where in the space a trial is, and its recipe."""
@@ -139,22 +162,40 @@ class Points:
     def ended(self, entry: Entry) -> None:
         """Take note of how a trial ended."""
         self.running.pop(entry.id, None)
+        if entry.state == "failed" and (stage := self._at(entry)) is not None:
+            self.rungs.lost(stage)
         self.journal.end(entry)
 
     def repeated(self, learned: Mapping[str, Any], entry: Entry) -> None:
         """A point came up again that is known already."""
 
-    def gpu_hours(self) -> float:
-        """Hours of devices that the trials' stages took, each stage once, evaluation included."""
-        paid = {(stage["stage"], stage["key"]): stage for entry in self.entries.values() for stage in entry.stages}
-        return sum(one["workers"] * one["seconds"] + one["evaluation_s"] for one in paid.values()) / 3600
+    def impossible(self, learned: Mapping[str, Any]) -> None:
+        """No recipe can be like the point that came up."""
 
-    def _used_up(self, spent_hours: float) -> bool:
+    def gpu_hours(self) -> float:
+        """Hours of devices that this sweep has spent: each stage once, evaluation and what waits on a rung included.
+
+        What was in the store before, or comes from another sweep, is not its.
+        """
+        seconds = dict[tuple[str, str], float]()
+        for stage in (stage for entry in self.entries.values() for stage in entry.stages):
+            if stage["trained"]:
+                seconds[stage["key"], "training"] = stage["workers"] * stage["seconds"]
+            if stage["measured"]:
+                seconds[stage["key"], "evaluation"] = stage["evaluation_s"]
+        for key, at in self.rungs.waiting().items():
+            seconds[key, "training"] = self.workers * at["seconds"]
+        return sum(seconds.values()) / 3600
+
+    def _room(self) -> bool:
+        """Whether there may be more trials."""
+        return self.search.trials is None or len(self.entries) < self.search.trials
+
+    def _spent(self, hours: float) -> bool:
+        """Whether the hours are used up; `hours`: what this command has worked so far."""
         search = self.search
-        return (
-            (search.trials is not None and len(self.entries) >= search.trials)
-            or (search.hours is not None and self._hours + spent_hours >= search.hours)
-            or (search.gpu_hours is not None and self.gpu_hours() >= search.gpu_hours)
+        return (search.hours is not None and self._hours + hours >= search.hours) or (
+            search.gpu_hours is not None and self.gpu_hours() >= search.gpu_hours
         )
 
     def _made(self) -> Iterator[tuple[Point, dict[str, Any]]]:
@@ -199,6 +240,7 @@ class OptunaPoints(Points):
     """Points that Optuna proposes; its study lies beside the journal and outlives the command."""
 
     FILE = "optuna.log"
+    OBJECTIVES = "objectives"
 
     def __init__(self, space: Space, search: Search, recipe: Recipe, journal: Journal, folder: Path) -> None:
         try:
@@ -208,19 +250,29 @@ class OptunaPoints(Points):
         except ImportError:
             raise InputError(f"search.kind = {search.kind} needs Optuna: pip install 'arae[cluster]'") from None
         optuna.logging.set_verbosity(optuna.logging.ERROR)
+        self._optuna = optuna
         self._study = optuna.create_study(
             storage=JournalStorage(JournalFileBackend(str(folder / self.FILE))),
             study_name="sweep",
             directions=["maximize" if SIGNS[name] > 0 else "minimize" for name in search.objectives],
             load_if_exists=True,
         )
+        before = self._study.user_attrs.get(self.OBJECTIVES, list(search.objectives))
+        if before != list(search.objectives):
+            raise InputError(
+                f"search.objectives = {list(search.objectives)}: this sweep has been proposed trials for {before}; put "
+                "those back, or give a new one another name=…"
+            )
+        self._study.set_user_attr(self.OBJECTIVES, before)
         self._fail = optuna.trial.TrialState.FAIL
         running = optuna.trial.TrialState.RUNNING
         # A seeded sampler begins anew with every command: with the same seed it would propose the same again.
         seed = mix(search.seed, "sampler", len(self._study.trials)) % 2**32
         samplers = optuna.samplers
         self._study.sampler = (
-            samplers.NSGAIISampler(seed=seed) if search.kind == "nsga2" else samplers.TPESampler(seed=seed)
+            samplers.NSGAIISampler(population_size=population(search.trials), seed=seed)
+            if search.kind == "nsga2"
+            else samplers.TPESampler(seed=seed)
         )
         super().__init__(space, search, recipe, journal)
         told = {entry.learned.get("trial"): entry for entry in self.entries.values()}
@@ -240,16 +292,24 @@ class OptunaPoints(Points):
         """Optuna is told what is known of the point."""
         self._values_told(learned["trial"], entry)
 
+    def impossible(self, learned: Mapping[str, Any]) -> None:
+        """Optuna is told that there is nothing there."""
+        self._study.tell(learned["trial"], state=self._fail)
+
     def _tell(self, entry: Entry) -> None:
         if entry.state != "failed":  # that is tried again by the next command
             self._values_told(entry.learned["trial"], entry)
 
     def _values_told(self, trial: int, entry: Entry) -> None:
         values = [entry.objectives[name] for name in self.search.objectives if name in entry.objectives]
-        if entry.state == "finished" and len(values) == len(self.search.objectives):
-            self._study.tell(trial, values, skip_if_finished=True)
-        else:
+        if entry.state != "finished" or len(values) < len(self.search.objectives):
             self._study.tell(trial, state=self._fail, skip_if_finished=True)
+            return
+        was = self._study.get_trials(deepcopy=False)[trial]
+        if was.state == self._fail:  # it was cut short, and went on later; what is told once can't be changed
+            again = self._optuna.trial.create_trial(params=was.params, distributions=was.distributions, values=values)
+            self._study.add_trial(again)
+        self._study.tell(trial, values, skip_if_finished=True)
 
     def _made(self) -> Iterator[tuple[Point, dict[str, Any]]]:
         fruitless = 0
@@ -262,6 +322,11 @@ class OptunaPoints(Points):
             known = len(self.entries)
             yield self.space.point(values), {"trial": trial.number}
             fruitless = fruitless + 1 if len(self.entries) == known else 0
+
+
+def population(trials: int | None) -> int:
+    """Trials of a generation of NSGA-II: some four generations in the budget, and no more than the field's usual 50."""
+    return min(50, max(8, (trials or 64) // 4))
 
 
 def _proposed(trial: Any, name: str, axis: Axis) -> Any:

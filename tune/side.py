@@ -43,20 +43,27 @@ class Side:
         cores = len(os.sched_getaffinity(0))
         alone = where.workers is None
         first = where.torch_device()
+        if alone and first.index:
+            raise InputError(
+                f"--device {where.device}: a sweep gives each of its trials a GPU; write --device cuda, and name those "
+                "that it may use in CUDA_VISIBLE_DEVICES"
+            )
         gpus = torch.cuda.device_count() if alone and first.type == "cuda" else 0
+        most = where.most or where.workers or 1
         wanted = jobs or (gpus or min(cores, 8) if alone else 1)
-        connect(replace(where, workers=wanted if alone else wanted * (1 + (where.workers or 1)), cpus=None))
+        connect(replace(where, workers=wanted * most, most=None, cpus=None if alone else where.cpus))
         import ray
 
         gpu = not alone and wants_gpu(where, ray.cluster_resources(), alone=address_of(where) is None)
         room = max(gpus, 1) if gpus else cores if alone else room_for_trials(where, ray.nodes(), gpu=gpu)
         if room < 1:
-            raise InputError(f"--workers {where.workers}: the cluster has no room for a trial and its workers at once")
+            raise InputError(f"--workers {where.workers}: the cluster has no room for that many at once")
         if jobs is not None and jobs > room:
             raise InputError(f"--jobs {jobs}: there is room for {room} trials at once")
         self.jobs = jobs or (wanted if alone else room)
         self.gpu_elsewhere = gpu
-        self.resources = {"cpu": 1.0, "gpu": 1.0} if gpus else {"cpu": 1.0}
+        # A trial whose workers train holds no core itself: while it waits for them it would keep them from others.
+        self.resources = {"cpu": 1.0, "gpu": 1.0} if gpus else {"cpu": float(alone)}
 
     def task(self, points: Points, entry: Entry) -> Task:
         """What a trial is told."""
@@ -75,22 +82,13 @@ class Side:
 
 
 def room_for_trials(where: Where, nodes: list[Mapping[str, Any]], *, gpu: bool) -> int:
-    """How many trials a cluster can hold with all their workers, wherever it puts the trials themselves.
-
-    Each trial takes one CPU core beside its workers'. More at once, and trials that hold a core each could wait for
-    workers that find none.
-    """
-    has = [node["Resources"] for node in nodes if node["Alive"]]
-    workers, cpus = where.workers or 1, where.cpus or 1
-    for trials in range(1, 1 + int(sum(one.get("CPU", 0) for one in has))):
-        # At worst every trial's own core is one that workers would have needed.
-        lost = trials
-        room = 0
-        for one in sorted(has, key=lambda each: each.get("CPU", 0)):
-            taken = min(lost, int(one.get("CPU", 0)))
-            lost -= taken
-            fits = int((one.get("CPU", 0) - taken) // cpus)
-            room += min(fits, int(one.get("GPU", 0))) if gpu else fits
-        if room < trials * workers or lost:
-            return trials - 1
-    return int(sum(one.get("CPU", 0) for one in has))
+    """How many trials a cluster can hold with all their workers, of elastic ones the most; at least one where the
+    least fit. Workers of a group get their places all at once or not at all, so that no trials can block each other."""
+    cpus = where.cpus or 1
+    places = 0
+    for node in nodes:
+        has = node["Resources"] if node["Alive"] else {}
+        fits = int(has.get("CPU", 0) // cpus)
+        places += min(fits, int(has.get("GPU", 0))) if gpu else fits
+    least = where.workers or 1
+    return max(places // (where.most or least), int(places >= least))

@@ -43,6 +43,8 @@ from tune.settings import Search
 SPACES = Path(__file__).parent / "spaces"
 LIMIT = 10_000
 """Crossings of the grid axes above which a space is taken for a mistake."""
+LISTED = 1000
+"""Combinations of all listed values, drawn ones too, that are still made one by one to check them."""
 
 Values = tuple[Any, ...] | dict[str, dict[str, Any]]
 Range = tuple[float, float]
@@ -169,10 +171,27 @@ class Space(Part):
 
     def crossings(self) -> Iterator[Point]:
         """Every combination of the grid axes, each once; of a space that has none, one that is empty."""
+        return self._crossed({name: axis.values or () for name, axis in self.axes.items() if not axis.drawn})
+
+    def everywhere(self) -> Iterator[Point]:
+        """Every combination of the values that axes list, drawn or not, each once; ranges are at their lower ends."""
+        return self._crossed({name: axis.values or (axis.ends or ())[:1] for name, axis in self.axes.items()})
+
+    def ends(self, name: str) -> tuple[Point, Point]:
+        """Both ends of a range, all other axes at their first values, or at what the range needs to be there."""
+        low, high = self.axes[name].ends or (None, None)
+        return self._only(name, low), self._only(name, high)
+
+    def _only(self, name: str, value: Any) -> Point:
+        """One axis at a value, all others at their first ones, or at what this one needs to be there."""
+        first = {key: value for key, axis in self.axes.items() for value in (axis.values or axis.ends or ())[:1]}
+        needed = {key: _listed(wanted)[0] for key, wanted in self._needed(name).items()}
+        return self.point(first | needed | {name: value})
+
+    def _crossed(self, listed: Mapping[str, Sequence[Any]]) -> Iterator[Point]:
         seen: set[tuple[tuple[str, str], ...]] = set()
-        grids = {name: axis for name, axis in self.axes.items() if not axis.drawn}
-        for values in itertools.product(*(axis.values or () for axis in grids.values())):
-            point = self.point(dict(zip(grids, values, strict=True)))
+        for values in itertools.product(*listed.values()):
+            point = self.point(dict(zip(listed, values, strict=True)))
             identity = tuple((name, repr(value)) for name, value in point.values.items())
             if identity not in seen:  # values of an axis that is not there make no difference
                 seen.add(identity)
@@ -213,19 +232,25 @@ class Space(Part):
     def check(self, recipe: Recipe) -> None:
         """InputError for an unknown key, a value that the recipe can't have, or far too many combinations.
 
-        Every combination of the grid axes is made once, and every value of the others, and both ends of every range.
+        Every combination of the grid axes is made once; with those of the drawn values, where there are not too many,
+        and else every such value alone; and both ends of every range.
         """
         count = math.prod(len(axis.values or ()) for axis in self.axes.values() if not axis.drawn)
         if count > LIMIT:
             raise InputError(f"axes: {count} combinations are more than a sweep can try ({LIMIT}); draw some of them")
-        for point in self.crossings():
+        if self.is_listable:
+            points = list(self.everywhere())
+        else:
+            listed = {name: axis.values for name, axis in self.axes.items() if axis.drawn and axis.values is not None}
+            points = [*self.crossings(), *(self._only(name, one) for name in listed for one in listed[name] or ())]
+        points += [end for name, axis in self.axes.items() if axis.ends is not None for end in self.ends(name)]
+        for point in points:
             self.recipe(recipe, point)
-        first = {name: value for name, axis in self.axes.items() for value in (axis.values or axis.ends or ())[:1]}
-        for name in self.drawn:
-            axis = self.axes[name]
-            needed = {other: _listed(wanted)[0] for other, wanted in self._needed(name).items()}
-            for value in axis.values or axis.ends or ():
-                self.recipe(recipe, self.point(first | needed | {name: value}))
+
+    @cached_property
+    def is_listable(self) -> bool:
+        """Whether all combinations of listed values can be gone through in seconds."""
+        return math.prod(len(axis.values or (0,)) for axis in self.axes.values()) <= LISTED
 
     def _needed(self, name: str) -> dict[str, Any]:
         """What must be for an axis to be there, with what that needs in turn."""

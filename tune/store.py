@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from arae.adopt import adopt_encoder, finished
 from arae.config import Data, Recipe, digest_of
@@ -20,6 +20,7 @@ from arae.data.load import fingerprint
 from arae.errors import AraeError, Busy, InputError, Stopped
 from arae.files import write_text
 from arae.launch import Stop, Where
+from arae.metrics import backbone_at_hand
 from arae.models.autoencoder import read_config
 from arae.monitor.events import read_events
 from arae.records import Record, read_records, write_records
@@ -28,12 +29,14 @@ from arae.session import Session, session
 from arae.storage import fetched
 from arae.tracking import Family
 from arae.train.log import Event, Listener
+from arae.train.networks import sha256_of, weights_file
 from arae.train.state import list_states
 
 Name = Literal["encoder", "decoder"]
 Measure = Callable[[Recipe, RunFolder], list[Record]]
 
 EVALUATED = "evaluated"
+LACKING = ".without-lpips"
 WAIT_S = 1.0
 SAID_S = 60.0
 """Seconds between words on what is waited for."""
@@ -49,7 +52,9 @@ class Stage:
     recipe: Recipe
     """What its folder holds: of an encoder no decoder, and no layer."""
     group: str
-    """Whom it may be compared with: encoders of one radius, norm and seed; decoders on one encoder."""
+    """Whom it may be compared with: encoders of one radius, norm and seed; decoders on one layer of one encoder."""
+    encoder: str
+    """Key of the encoder that it is, or needs."""
     evaluation: Recipe | None
     """What is measured of it, as a recipe; None: nothing."""
 
@@ -63,8 +68,17 @@ class Stage:
         """The file of what is measured of it, for this evaluation."""
         if self.evaluation is None:
             return None
-        document = [self.evaluation.evaluate.digested(), self.evaluation.precision, _images(self.recipe, "test")]
+        part = self.evaluation.evaluate.model_copy(update={"looks": None})
+        document = [part.digested(), self.evaluation.precision, _images(self.recipe, "test")]
         return self.folder.path / EVALUATED / f"{digest_of(document)[:16]}.jsonl"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is nothing left to measure. What lacked LPIPS' weights is measured anew once they are there."""
+        if self.evaluation is None or self.measured is None:
+            return True
+        lacking = self.measured.with_suffix(LACKING).exists()
+        return self.measured.is_file() and not (lacking and _has_lpips(self.evaluation))
 
 
 @dataclass(frozen=True)
@@ -90,14 +104,19 @@ class Outcome:
 
 def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe's trip: the encoder's and, where it has one, the decoder's."""
-    alone = {"base": None, "map": None}
+    alone: dict[str, Any] = {"base": None, "map": None}
+    if not recipe.encoder.attack.eps:  # then nothing else of the attack matters
+        alone["encoder.attack"] = {"eps": 0.0}
     bare = recipe.replace({**alone, "encoder.layer": None, "decoder": None})
     encoder = _key(bare, "encoder")
     attack = recipe.encoder.attack
     group = digest_of(["encoder", attack.norm if attack.eps else None, attack.eps, recipe.seed])[:16]
     protocol = recipe.evaluate.protocol
-    classified = bare.replace({"evaluate.protocol": "robustness"}) if protocol in ("map", "robustness") else None
-    first = Stage("encoder", encoder, _named(bare, "encoder", encoder), group, classified)
+    unused = {"evaluate.lpips": None, "evaluate.lpips_weights": None, "evaluate.factors": [1]}
+    classified = (
+        bare.replace({"evaluate.protocol": "robustness", **unused}) if protocol in ("map", "robustness") else None
+    )
+    first = Stage("encoder", encoder, _named(bare, "encoder", encoder), group, encoder, classified)
     if recipe.decoder is None:
         return (first,)
     whole = recipe.replace(alone)
@@ -105,7 +124,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     shown = protocol if protocol != "map" else "reconstruction"
     # Under attack nothing is reconstructed: with the attacks left out, all sets of attacks share what is measured.
     looked = whole.replace({"evaluate.protocol": shown, "evaluate.attacks": []}) if protocol != "robustness" else None
-    return first, Stage("decoder", decoder, _named(whole, "decoder", decoder), encoder, looked)
+    compared = f"{encoder}-{recipe.encoder.layer}"
+    return first, Stage("decoder", decoder, _named(whole, "decoder", decoder), compared, encoder, looked)
 
 
 def _named(recipe: Recipe, name: Name, key: str) -> Recipe:
@@ -115,9 +135,23 @@ def _named(recipe: Recipe, name: Name, key: str) -> Recipe:
 def _key(recipe: Recipe, name: Name) -> str:
     parts = [recipe.stage_digest(name), _images(recipe, "train"), recipe.precision, recipe.engine.kind]
     stages = [recipe.encoder] if recipe.decoder is None else [recipe.encoder, recipe.decoder]
+    comparator = recipe.decoder.comparator if recipe.decoder else None
+    for weights in (recipe.encoder.weights, comparator.weights if comparator else None):
+        if weights is not None:  # by what they are, not by where they lie
+            parts.append(_weights(weights))
     if any(stage.export == "best" for stage in stages):  # then held-out images choose the weights
         parts += [_images(recipe, "test"), str(recipe.evaluate.looks)]
     return digest_of(parts)[:16]
+
+
+def _has_lpips(recipe: Recipe) -> bool:
+    part = recipe.evaluate
+    return part.lpips is not None and backbone_at_hand(part.lpips, part.lpips_weights)
+
+
+def _weights(where: str) -> str:
+    """SHA-256 of a file of weights; where it is not at hand (as for a plan), its name."""
+    return sha256_of(where) if weights_file(where).is_file() else f"{where}, which is not at hand"
 
 
 def _images(recipe: Recipe, split: Literal["train", "test"]) -> str:
@@ -177,7 +211,7 @@ class Work:
 
     def _there(self, stage: Stage) -> tuple[Outcome, list[Record]] | None:
         """The stage, where nothing is left to do for it."""
-        if not is_trained(stage) or (stage.measured is not None and not stage.measured.is_file()):
+        if not (is_trained(stage) and stage.is_measured):
             return None
         return outcome_of(stage), _records(stage)
 
@@ -209,7 +243,7 @@ class Work:
         return [starts[-1], looks[0]] if looks else []
 
     def _measured(self, stage: Stage, run: Session) -> tuple[bool, float]:
-        if stage.evaluation is None or stage.measured is None or stage.measured.is_file():
+        if stage.evaluation is None or stage.measured is None or stage.is_measured:
             return False, 0.0
         begun = time.monotonic()
         records = self.measure(stage.evaluation.replace({"name": stage.recipe.name}), run.folder)
@@ -218,6 +252,10 @@ class Work:
         write_records(stage.measured, records)
         seconds = time.monotonic() - begun
         write_text(stage.measured.with_suffix(".seconds"), f"{seconds:.3f}\n")
+        lacking = stage.measured.with_suffix(LACKING)
+        lacking.unlink(missing_ok=True)
+        if stage.evaluation.evaluate.lpips is not None and not _has_lpips(stage.evaluation):
+            lacking.touch()
         return True, seconds
 
     def _family(self, stage: Stage) -> Family:

@@ -58,6 +58,7 @@ def sweep(recipe: Recipe, space: Space, where: Where, jobs: int | None = None) -
         journal.add("command", state="begun")
         try:
             points = points_of(space, space.search, recipe, journal, run.folder.path)
+            points.workers = where.workers or 1
             _run(Side(recipe, where, jobs), space, points, run, stop)
         finally:
             with suppress(OSError):

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from arae.config import Recipe
-from arae.errors import Stopped
+from arae.errors import Busy, Stopped
 from arae.evaluate import evaluate
 from arae.launch import Where
 from arae.records import Record, write_records
@@ -73,8 +74,10 @@ class Voice:
             metrics, step = event["metrics"], event["step"]
             score = next((metrics[name] for name in SCORES if name in metrics), None)
             self.tell({"step": step, "steps": self._steps, "score": score})
-            if self._limits[self.stage.name] * self._steps - 1e-6 <= step < self._steps:
-                self.pause = self.of_stage({"step": step, "score": score})
+            limit = self._limits[self.stage.name]
+            if limit * self._steps - 1e-6 <= step < self._steps:
+                told = {"step": step, "score": score, "share": limit, "seconds": event.get("seconds", 0.0)}
+                self.pause = self.of_stage(told)
 
     def tell(self, values: dict[str, Any]) -> None:
         """Tell the driver how the stage stands."""
@@ -125,7 +128,8 @@ def perform(task: Task, voice: Voice, asked: Path) -> dict[str, float]:
         delivered=is_url(runs_place()),
     )
     outcomes, records = list[Outcome](), list[Record]()
-    with session(named, task.sweep, family=family) as run:
+    with ExitStack() as stack:
+        run = _own(stack, lambda: session(named, task.sweep, family=family), asked)
         work = Work(
             where=Where(**task.where),
             parent=named.name,
@@ -145,6 +149,17 @@ def perform(task: Task, voice: Voice, asked: Path) -> dict[str, float]:
         write_records(run.folder.records, records)
         run.tracker.log_records(records)
     return objectives_of(records, outcomes)
+
+
+def _own(stack: ExitStack, opened: Callable[[], AbstractContextManager[Session]], asked: Path) -> Session:
+    """The trial's folder, once nobody else has it: a driver that was killed leaves its trials behind for a moment."""
+    while True:
+        try:
+            return stack.enter_context(opened())
+        except Busy:
+            if asked.exists():
+                raise Stopped("stopped while another process held the trial's folder") from None
+            time.sleep(LOOK_S)
 
 
 def _stop(voice: Voice, asked: Path) -> Callable[[], bool]:

@@ -168,7 +168,8 @@ def check(trainer: Trainer, run: Fit, course: Course, meter: Meter) -> float | N
             if run.log.active:
                 measured = run.validate(done)
                 epoch = round(done * run.part.batch / run.source.n, 2)
-                run.log.emit("epoch", stage=trainer.name, step=done, epoch=epoch, metrics=meter.epoch() | measured)
+                passed = {"step": done, "epoch": epoch, "seconds": round(meter.seconds, 3)}
+                run.log.emit("epoch", stage=trainer.name, **passed, metrics=meter.epoch() | measured)
                 score = next((measured[name] for name in SCORES if name in measured), None)
             return run.engine.told(score)
 

@@ -78,6 +78,8 @@ def _cells(table: MapTable) -> Cells | str:
         rows, across = tuple(radius_text(eps) for eps in reversed(table.radii)), _axes_named(names)
         columns, down = tuple(line.label for line in table.lines), "training radius ε"
         short = {line.label: line.values for line in table.lines}
+        if len(set(short.values())) < len(short):  # lines that differ in their norm alone
+            short = {label: label for label in short}
     else:
         names = {name for group in table.groups for name, _ in group.line}
         if len(names) != 2 or any(len(group.line) != 2 for group in table.groups):

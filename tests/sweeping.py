@@ -1,5 +1,6 @@
 """`arae sweep` in a folder of its own, and what can be seen of it from outside."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from conftest import make_tiny_npz
 from training import tiny_recipe
 
 from arae.config import dump_recipe
+from arae.monitor.events import read_events
 from arae.records import read_records
 from arae.runs import RunFolder
 from tune.journal import Entry, Journal
@@ -61,6 +63,14 @@ class Sweeping:
         """Every trial's values, of those that finished."""
         done = [entry for entry in self.entries().values() if entry.state == "finished"]
         return {e.id: [(r.metric, r.value) for r in read_records(self.folder / e.id)] for e in done}
+
+    def repeated(self) -> int:
+        """Steps that were taken more than once, of all stages together, to the length of an interval."""
+        found = 0
+        for path in (self.runs / "stages").iterdir():
+            steps = [event["step"] for event in read_events(RunFolder(path).log) if event["event"] == "interval"]
+            found += sum(max(0, before - after) for before, after in itertools.pairwise(steps))
+        return found
 
     def trained(self) -> dict[str, int]:
         """How often each stage's training came to its end."""

@@ -24,7 +24,8 @@ class EarlyStop(Part):
     """Asynchronous successive halving (ASHA; Li et al. 2020), stage by stage.
 
     An encoder is compared with others of the same radius, norm and seed, by its held-out accuracy (the robust one where
-    training attacks); a decoder with others on the same encoder, by its PSNR. Nothing is compared across stages.
+    training attacks); a decoder with others on the same layer of the same encoder, by its PSNR: reconstructions are all
+    that a decoder is looked at for while it is trained, whatever the objectives are. Nothing is compared across stages.
     """
 
     reduction: Annotated[float, Field(gt=1)] = 3.0
@@ -58,9 +59,11 @@ class Search(Part):
     trials: Count | None = None
     """At most so many trials."""
     hours: Positive | None = None
-    """No new trial once so many hours were worked on the sweep, over all commands."""
+    """No new trial, and none that waits on a rung goes on, once so many hours were worked on the sweep, over all
+    commands."""
     gpu_hours: Positive | None = None
-    """No new trial once its stages took so many hours of a device (a GPU; on a CPU, a worker)."""
+    """The same once its stages took so many hours of a device (a GPU; on a CPU, a worker); those that it found in the
+    store cost nothing."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of what is drawn; not the recipe's, which is an axis like any other."""
     objectives: tuple[Objective, ...] = ("robust_accuracy", "psnr")

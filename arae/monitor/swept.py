@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, Literal
 
+import yaml
+
 from arae.monitor.events import read_events
 from arae.runs import RunFolder
 
@@ -53,8 +55,12 @@ class Book:
 
 
 def _planned(folder: RunFolder) -> int | None:
-    """How many trials the plan has; None where a budget of hours or their luck decides."""
-    with suppress(OSError, ValueError, AttributeError, TypeError):
+    """How many trials there are to be; None where a budget of hours or their luck decides."""
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
+        search = yaml.safe_load(folder.space.read_text())["search"]
+        if search.get("kind", "grid") != "grid":  # the plan is that of the first command; budgets may have grown
+            return None if {"hours", "gpu_hours"} & search.keys() else int(search["trials"])
+    with suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         return int(json.loads((folder.path / "plan.json").read_text())["trials"])
     return None
 

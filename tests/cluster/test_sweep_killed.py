@@ -10,12 +10,13 @@ import pytest
 from sweeping import GRID, PATIENCE_S, Sweeping, until
 from tracking import MARKS
 
+EVERY = 10  # steps between states
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, *MARKS]
 
 
 def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
     """A trial's process, then the driver, then Ray's own; nothing is trained twice."""
-    sizes = {"encoder__steps": 120, "decoder__steps": 120, "state__every": 10}
+    sizes = {"encoder__steps": 120, "decoder__steps": 120, "state__every": EVERY}
     whole, killed = (Sweeping(tmp_path / name, GRID, **sizes) for name in ("whole", "killed"))
     code, said = whole.run()
     assert code == 0, said
@@ -40,6 +41,9 @@ def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
     assert killed.table() == whole.table()
     assert killed.trained() == whole.trained()
     assert set(killed.trained().values()) == {1}
+    assert whole.repeated() == 0
+    # Three kills of two trials at most, each at most what was done since the newest state and while that was written.
+    assert killed.repeated() <= 3 * 2 * 2 * EVERY, "a stage has begun anew"
 
 
 def end(home: Path, *names: str, most: int = 1) -> int:

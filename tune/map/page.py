@@ -180,7 +180,7 @@ def _trial(trial: Trial, point: int | None) -> str:
         for outcome in trial.outcomes
     )
     digest = "<br>".join(dict.fromkeys(escape(record.digest[:12]) for record in trial.records))
-    words = f'<td class="words">{prose(state)}</td><td class="keys">{stages}</td><td class="words">{digest}</td>'
+    words = f'<td class="words">{prose(state)}</td><td class="keys">{stages}</td><td class="keys">{digest}</td>'
     return (
         f'<tr id="trial-{trial.id}"><th scope="row">{trial.id}</th><td>{point or "—"}</td>'
         f'<td class="words">{escape(trial.point.label)}</td>{words}<td class="words">{records}</td></tr>'

@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 from disks import on_a_small_disk
-from sweeping import EPS, GRID, Sweeping
+from sweeping import EPS, FEATURE, GRID, Sweeping
 from tracking import MARKS
 
 from tune.results import load_sweep
@@ -100,3 +100,13 @@ def test_a_full_disk_stops_it_and_with_room_it_goes_on(tmp_path: Path) -> None:
     assert code == 0, said
     assert len(one.table()) == 4
     assert set(one.trained().values()) == {1}
+
+
+def test_trials_with_workers_hold_no_core_of_theirs(tmp_path: Path) -> None:
+    """Two trials at once, a worker each, on as many cores as two workers need: they do not wait for each other."""
+    one = Sweeping(tmp_path / "one", {FEATURE: {"grid": [0, 0.1]}})
+    code, said = one.run("--workers", "1")
+    assert code == 0, said
+    assert len(one.table()) == 2
+    assert set(one.trained().values()) == {1}
+    assert {stage["workers"] for entry in one.entries().values() for stage in entry.stages} == {1}

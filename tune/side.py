@@ -62,8 +62,8 @@ class Side:
             raise InputError(f"--jobs {jobs}: there is room for {room} trials at once")
         self.jobs = jobs or (wanted if alone else room)
         self.gpu_elsewhere = gpu
-        # A trial whose workers train holds no core itself: while it waits for them it would keep them from others. It has
-        # to hold something, says Ray Tune: a mebibyte.
+        # A trial whose workers train holds no core itself: while it waits for them it would keep them from others. But
+        # something it has to hold, says Ray Tune: a mebibyte.
         self.resources = {"cpu": 1.0, "gpu": 1.0} if gpus else {"cpu": 1.0} if alone else {"memory": 2.0**20}
 
     def task(self, points: Points, entry: Entry) -> Task:

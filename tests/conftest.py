@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+ALONGSIDE = "PYTEST_XDIST_WORKER" in os.environ  # other processes run other tests
 FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -19,9 +20,11 @@ def _own_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs go to a folder of the test's own, never to a tracking server; torch starts every test in the same state."""
     monkeypatch.setenv("ARAE_RUNS", str(tmp_path / "runs"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    # One thread each: several processes whose threads spin while they wait for one another's cores are slow ones.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     if torch := sys.modules.get("torch"):  # a test that does not need torch does not wait for it
         torch.manual_seed(0)
-        torch.set_num_threads(min(2, os.cpu_count() or 1))  # FFCV's loader changes it for the whole process
+        torch.set_num_threads(1 if ALONGSIDE else min(2, os.cpu_count() or 1))  # FFCV's loader changes it
 
 
 def pytest_configure() -> None:

@@ -351,7 +351,7 @@ OTHER: dict[str, Any] = {
     "encoder.momentum": 0.5,
     "encoder.weight_decay": 0.1, "encoder.label_smoothing": 0.1, "encoder.ema": 0.9, "encoder.width": 0.5,
     "encoder.objective.kind": "trades", "encoder.objective.beta": 3.0, "encoder.objective.burn_in": 0.25,
-    "encoder.objective.shift": 0.0,
+    "encoder.objective.shift": 0.0, "encoder.radius_warmup": 0.5,
     "decoder.epochs": 3, "decoder.batch": 64, "decoder.micro_batch": 16, "decoder.lr": 0.2,
     "decoder.schedule.kind": "cosine", "decoder.schedule.warmup": 0.1, "decoder.schedule.every": 0.5,
     "decoder.schedule.gamma": 0.2, "decoder.name": "other", "decoder.losses.pixel": 2.0,
@@ -392,7 +392,7 @@ def test_every_key_has_another_value() -> None:
 def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     """A recipe without them has the digest it had before there were such keys: they are no part of the document."""
     document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
-    assert not {"width", "objective"} & set(document["encoder"])
+    assert not {"width", "objective", "radius_warmup"} & set(document["encoder"])
     assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]
     assert "kind" not in document["encoder"]["attack"]

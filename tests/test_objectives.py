@@ -234,6 +234,27 @@ def test_radius_zero_is_standard_training_under_every_objective(tiny_npz: Path, 
     assert all(torch.equal(made[0][key], made[1][key]) for key in made[0])
 
 
+@pytest.mark.parametrize("kind", ["at", "trades", "mart", "gairat"])
+@pytest.mark.parametrize("step_size", [None, 0.4])
+@pytest.mark.parametrize(("step", "share"), [(0, 1 / 3), (1, 2 / 3), (2, 1.0), (3, 1.0)])
+def test_while_the_radius_warms_up_a_step_is_that_of_a_smaller_one(
+    tiny_npz: Path, kind: str, step: int, share: float, step_size: float | None
+) -> None:
+    """Over 0.75 of the four steps, that is, three of them."""
+
+    def after(**changes: object) -> dict[str, Tensor]:
+        recipe = recipe_of(tiny_npz, kind).replace({"encoder.attack.step_size": step_size})
+        trainer = trainer_of(recipe.replace({f"encoder.{key}": value for key, value in changes.items()}))
+        trainer.step(step, micros(1))
+        return trainer.exported()
+
+    size = None if step_size is None else step_size * share
+    smaller = after(attack={"norm": "l2", "eps": share, "steps": 2, "step_size": size})
+    warming = after(radius_warmup=0.75, attack={"norm": "l2", "eps": 1.0, "steps": 2, "step_size": step_size})
+    for key, value in smaller.items():
+        torch.testing.assert_close(warming[key], value, msg=key)
+
+
 def test_before_its_burn_in_gairat_is_plain_adversarial_training(tiny_npz: Path) -> None:
     def after(step: int, kind: str) -> dict[str, Tensor]:
         trainer = trainer_of(recipe_of(tiny_npz, kind))

@@ -121,7 +121,7 @@ class Objective(Part):
 class Encoder(Stage):
     """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
 
-    later = Stage.later | {"width", "objective"}
+    later = Stage.later | {"width", "objective", "radius_warmup"}
 
     name: str
     """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
@@ -134,6 +134,9 @@ class Encoder(Stage):
     name; with `steps: 0` they are used as they are."""
     attack: Attack = Attack()
     """What the training images are attacked with; eps 0 is standard training."""
+    radius_warmup: Fraction01 = 0.0
+    """Share of the stage's steps over which the radius of the attack grows from 0 to its own, evenly (and with it the
+    step size). At large radii short trainings from random weights do not leave the level of chance without."""
     objective: Objective = Objective()
     lr: Positive = 0.1
     momentum: Fraction01 = 0.9

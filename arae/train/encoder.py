@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from arae.attacks.gradient import perturb
-from arae.config import Recipe
+from arae.config import Attack, Recipe
 from arae.models.encoder import Encoder
 from arae.seeds import mix
 from arae.train import losses, objectives
@@ -74,13 +74,21 @@ class EncoderTrainer:
 
     def _attack(self, step: int, micro: Micro, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The images to learn from, and GAIRAT's weights once they count."""
-        part, x, y = self.part.attack, micro.images, micro.labels
+        part, x, y = self._radius(step), micro.images, micro.labels
         if self.kind == "trades":
             return objectives.perturb_divergence(self.model, x, part, generator), None
         if self.kind == "gairat" and step >= self.part.objective.burn_in * self.total:
             attacked, held = objectives.perturb_counting(self.model, x, y, part, generator)
             return attacked, objectives.geometry_weights(held, part.steps, self.part.objective.shift)
         return perturb(self.model, x, y, part, generator), None
+
+    def _radius(self, step: int) -> Attack:
+        """The attack at a step: while the radius warms up, a smaller one."""
+        attack, share = self.part.attack, (step + 1) / max(self.part.radius_warmup * self.total, 1)
+        if share >= 1 or not attack.eps:
+            return attack
+        size = None if attack.step_size is None else attack.step_size * share
+        return attack.model_copy(update={"eps": attack.eps * share, "step_size": size})
 
     def _loss(self, clean: Tensor | None, logits: Tensor, y: Tensor, weights: Tensor | None) -> Tensor:
         """The objective's mean loss, from the clean images' logits, where it needs them, and the attacked ones'."""

@@ -165,6 +165,7 @@ def test_events_that_are_not_understood_are_passed_over(event: dict[str, Any], s
 
 def test_the_run_folder_gets_the_same_lines_with_the_time(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     lines = shown([interval(1, 0.0), interval(2, 1.0), interval(3, 20.0)], folder)
     shown([interval(4, 30.0)], folder)
     written = folder.text.read_text().splitlines()

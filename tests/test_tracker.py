@@ -1,5 +1,6 @@
 """A run and its mirror: what the tracker makes of a run's events, and where it goes."""
 
+import io
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import tracking
 from tracking import GENEROUS, PGD, T0, Notes, begin, client, epoch, history, interval, recipe, record, run_of, stage
 
 from arae.errors import Stopped
+from arae.monitor.progress import Progress
 from arae.runs import RunFolder
 from arae.tracking import mirror
 from arae.tracking import tracker as tracker_module
@@ -310,3 +312,16 @@ def test_importing_the_tracker_imports_no_mlflow() -> None:
     heavy = {"mlflow", "rich", "sqlalchemy"}
     code = f"import sys, arae.tracking, arae.monitor.progress; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_run_folder_that_went_away_does_not_come_back(root: Path) -> None:
+    """Or workers would go on in an empty one."""
+    with begin(root) as tracker:
+        folder = tracker.folder.path
+        folder.rename(root / "aside")
+        with Progress(RunFolder(folder), stream=io.StringIO()) as progress:
+            tracker(interval(10, 0.5))
+            progress.note("still here")
+            tracker.close(timeout=5)
+        assert not folder.exists()
+        (root / "aside").rename(folder)

@@ -153,10 +153,9 @@ class Progress:
         if self._path is None:
             return
         # A full disk is reported where the state is saved, with the means to mend it; not by this copy for people.
-        with suppress(OSError):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with self._path.open("a") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
+        # Nor does it make the run folder anew where that went away: workers would go on in it.
+        with suppress(OSError), self._path.open("a") as file:
+            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {line}\n")
 
     def _make_bars(self) -> RichProgress:
         from rich.console import Console

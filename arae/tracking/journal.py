@@ -27,8 +27,10 @@ RESTARTS = "restarts"  # metric: how many; tag: why
 
 @contextmanager
 def held(path: Path) -> Iterator[None]:
-    """Wait for, then hold, an exclusive lock on a lock file; safe between threads and between processes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Wait for, then hold, an exclusive lock on a lock file; safe between threads and between processes.
+
+    Its folder must be there: a run folder that went away must not come back empty, or workers would go on in it.
+    """
     with path.open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         try:

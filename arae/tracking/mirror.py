@@ -182,6 +182,7 @@ class Sender:
 
             # What fails is told by us, in a line; MLflow would print the whole traceback each time.
             logging.getLogger("mlflow").setLevel(logging.CRITICAL)
+            self.root.mkdir(parents=True, exist_ok=True)
             with held(self.root / LOCK):  # two processes must not make the tables of one SQLite file at once
                 client = MlflowClient(self.uri)
                 client.search_experiments(max_results=1)
@@ -219,6 +220,7 @@ class Sender:
     def _parent_id(self, parent: str, experiment: str) -> str:
         sender = Sender(self.root / parent, self.root, self.note)
         sender.uri, sender._client = self.uri, self._client
+        sender.folder.mkdir(parents=True, exist_ok=True)
         with held(sender.folder / LOCK):
             card = Card.load(sender.folder / CARD)
             if card.run_id and sender._is_active(card.run_id):

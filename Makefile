@@ -13,7 +13,8 @@ PYTHON ?=
 export PYTHON
 
 BIN := .venv/bin
-# Tests wait for other processes half of the time: a process of pytest per core, four at most. ARGS="-n 0" has one alone.
+# Tests wait for other processes half of the time: a process of pytest per core, four at most, handed one test after
+# the other. ARGS="-n 0" has one alone.
 PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 
 help:  ## this list

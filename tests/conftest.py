@@ -33,17 +33,9 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For several processes (`-n 2 --dist loadgroup`): a file's tests stay together, and the long ones begin first.
-
-    Of the slow tests those that start Ray come one after another: two at once would wait for each other's cores until
-    their time limits are over.
-    """
+    """Where several processes share the tests (`-n 2`), the long ones begin first."""
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
-    for item in items:
-        alone = item.get_closest_marker("cluster") and item.get_closest_marker("ray")
-        item.add_marker(pytest.mark.xdist_group("ray" if alone else item.path.stem))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

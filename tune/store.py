@@ -151,7 +151,17 @@ def _has_lpips(recipe: Recipe) -> bool:
 
 def _weights(where: str) -> str:
     """SHA-256 of a file of weights; where it is not at hand (as for a plan), its name."""
-    return sha256_of(where) if weights_file(where).is_file() else f"{where}, which is not at hand"
+    try:
+        found = weights_file(where).stat()
+    except OSError:
+        return f"{where}, which is not at hand"
+    return _hashed(where, found.st_mtime_ns, found.st_size)
+
+
+@lru_cache(maxsize=64)
+def _hashed(where: str, changed: int, size: int) -> str:
+    """Kept for as long as the file is the same: every trial of a sweep asks."""
+    return sha256_of(where)
 
 
 def _images(recipe: Recipe, split: Literal["train", "test"]) -> str:
@@ -254,7 +264,9 @@ class Work:
         write_text(stage.measured.with_suffix(".seconds"), f"{seconds:.3f}\n")
         lacking = stage.measured.with_suffix(LACKING)
         lacking.unlink(missing_ok=True)
-        if stage.evaluation.evaluate.lpips is not None and not _has_lpips(stage.evaluation):
+        if any(record.metric == "lpips" and record.value is None for record in records) and not _has_lpips(
+            stage.evaluation
+        ):
             lacking.touch()
         return True, seconds
 

@@ -143,22 +143,19 @@ def status_of(folder: RunFolder, *, now: float | None = None, newest: int | None
         status.standing, status.why = "unreadable", str(error)
         return status
     held = is_held(folder, now)
-    above = sweep_of(folder)
-    if folder.is_sweep or above is not None:
-        status.records = read_main_records(folder.records)
-        status.pending = sum(1 for _ in read_events(folder.path / PENDING))
-        if above is not None:
-            _add_trial(status, Book(above), folder.path.name, held=held, led=is_held(above, now))
-        else:
-            _add_sweep(status, Book(folder), held=held)
+    status.records = read_main_records(folder.records)
+    status.pending = sum(1 for _ in read_events(folder.path / PENDING))
+    if (above := sweep_of(folder)) is not None:
+        _add_trial(status, Book(above), folder.path.name, held=held, led=is_held(above, now))
+        return status
+    if folder.is_sweep:
+        _add_sweep(status, Book(folder), held=held)
         return status
     told = Told()
     for event in read_events(folder.log, newest):
         told.add(status, event)
     status.finished = [stage for stage in ("encoder", "decoder") if stage in config]
     _add_states(status, list_states(folder.state), folder, told, now)
-    status.records = read_main_records(folder.records)
-    status.pending = sum(1 for _ in read_events(folder.path / PENDING))
     status.standing, status.why = _standing(status, told, recipe, held=held, now=now)
     return status
 

@@ -13,9 +13,9 @@ PYTHON ?=
 export PYTHON
 
 BIN := .venv/bin
-# Tests wait for other processes half of the time: a process of pytest per core, four at most, handed one test after
-# the other. ARGS="-n 0" has one alone.
-PARALLEL := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+# Tests wait for other processes half of the time: a process of pytest per core, four at most, handed one file after
+# the other (tests/conftest.py). ARGS="-n 0" has one alone.
+PARALLEL := -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 help:  ## this list
 	@sed -nE 's/^([a-z-]+):.*## /  make \1\t/p' Makefile | expand -t 22

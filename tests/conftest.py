@@ -1,11 +1,13 @@
 """Fixtures that every test may ask for; the automatic one keeps tests apart from one another and the user's runs."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,8 +36,28 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests (`-n 2`), the long ones begin first."""
+    """Where several processes share the tests (`-n 2`), the files with long ones begin first."""
     items.sort(key=lambda item: item.get_closest_marker("integration") is None)
+
+
+@pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Several processes share the tests by the file, and one of them has all the files that start Ray clusters.
+
+    What a file's tests share is then made once, and no two clusters want the same cores and the same ports.
+    """
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneClusterAtATime(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return self.cluster_or_file(super()._split_scope(nodeid))
+
+        @staticmethod
+        @functools.cache
+        def cluster_or_file(file: str) -> str:
+            return "ray" if "pytest.mark.ray" in (config.rootpath / file).read_text(encoding="utf-8") else file
+
+    return OneClusterAtATime(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -42,9 +42,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)  # without pytest-xdist nobody asks
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Several processes share the tests by the file, and one of them has all the files that start Ray clusters.
+    """Several processes share the tests by the file, and one of them has all the files with tests marked `ray`.
 
-    What a file's tests share is then made once, and no two clusters want the same cores and the same ports.
+    What a file's tests share is then made once, and no two of those clusters want the same cores and the same ports.
     """
     from xdist.scheduler import LoadFileScheduling
 

@@ -11,7 +11,7 @@ from training import tiny_recipe
 from arae.config import dump_recipe
 from benchmarks.scaled import Scaling
 
-pytestmark = [pytest.mark.cluster, pytest.mark.ray]
+pytestmark = [pytest.mark.cluster]
 
 
 def test_one_and_two_workers_are_measured_and_what_was_cut_short_goes_on(

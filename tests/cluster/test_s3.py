@@ -295,7 +295,6 @@ def test_workers_on_two_machines_begin_with_what_rank_0_has(
         server.start()
 
 
-@pytest.mark.ray
 def test_two_workers_of_ray_with_data_and_runs_at_urls(
     server: S3Server, place: Path, at_s3: Callable[[str], dict[str, str]], tmp_path: Path
 ) -> None:

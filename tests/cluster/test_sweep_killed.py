@@ -11,7 +11,7 @@ from sweeping import GRID, PATIENCE_S, Sweeping, until
 from tracking import MARKS
 
 EVERY = 10  # steps between states
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, *MARKS]
+pytestmark = [pytest.mark.cluster, *MARKS]
 
 
 def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:

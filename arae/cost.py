@@ -104,14 +104,20 @@ class Networks:
             yield Network("comparator", self.comparator.name, parameters(self.comparator), self.compare.forward)
 
     def encoder_step(self, attack: Attack) -> int:
-        """FLOPs an image of adversarial training: the attack, then one descent.
+        """FLOPs an image of adversarial training: the attack, then one descent; the mean over the stage's phases.
 
         TRADES and MART descend on the clean image too; TRADES's attack first looks at the clean one.
         """
-        kind = self.recipe.encoder.objective.kind if attack.eps else "at"
+        part = self.recipe.encoder.model_copy(update={"attack": attack})
+        kind = part.objective.kind if attack.eps else "at"
         look = self.classify.forward if kind == "trades" else 0
         views = 2 if kind in ("trades", "mart") else 1
-        return attack_flops(self.classify, attack) + look + views * self.classify.to_weights
+        begun = flops = 0.0
+        for span in part.spans():
+            step = attack_flops(self.classify, span.attack) + look + views * self.classify.to_weights
+            flops += (span.until - begun) * span.scale**2 * step
+            begun = span.until
+        return round(flops)
 
     def decoder_step(self, micros: int) -> int:
         """FLOPs an image of decoder training; `micros` is a worker's number of micro-batches a step.
@@ -153,7 +159,9 @@ class Networks:
         weights = parameters(self.encoder)
         twice = self.recipe.encoder.objective.kind in ("trades", "mart") and self.recipe.encoder.attack.eps > 0
         held = activations(self.encoder, self.shape) * micro * (1 + twice)
-        return _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
+        copied = self.recipe.encoder.quick_attack and self.recipe.encoder.attack.eps > 0
+        found = _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
+        return found | ({"copy to attack": weights * FLOAT} if copied else {})
 
     def decoder_memory(self, micro: int) -> dict[str, int]:
         """Bytes a worker holds at the peak of a decoder step, by what they are."""

@@ -351,7 +351,9 @@ OTHER: dict[str, Any] = {
     "encoder.momentum": 0.5,
     "encoder.weight_decay": 0.1, "encoder.label_smoothing": 0.1, "encoder.ema": 0.9, "encoder.width": 0.5,
     "encoder.objective.kind": "trades", "encoder.objective.beta": 3.0, "encoder.objective.burn_in": 0.25,
-    "encoder.objective.shift": 0.0, "encoder.radius_warmup": 0.5,
+    "encoder.objective.shift": 0.0, "encoder.radius_warmup": 0.5, "encoder.quick_attack": False,
+    "encoder.phases": [{"until": 0.5, "scale": 0.5}], "encoder.guard.steps": 3, "encoder.guard.below": 0.25,
+    "encoder.noise": 2.0,
     "decoder.epochs": 3, "decoder.batch": 64, "decoder.micro_batch": 16, "decoder.lr": 0.2,
     "decoder.schedule.kind": "cosine", "decoder.schedule.warmup": 0.1, "decoder.schedule.every": 0.5,
     "decoder.schedule.gamma": 0.2, "decoder.name": "other", "decoder.losses.pixel": 2.0,
@@ -369,7 +371,7 @@ OTHER: dict[str, Any] = {
 }  # fmt: skip
 GROUPS = {"data", "encoder", "decoder", "evaluate", "state", "map", "engine"}
 INNER = {"encoder.attack", "encoder.schedule", "encoder.objective", "decoder.schedule", "decoder.losses"}
-INNER |= {"decoder.comparator", "evaluate.inversion"}
+INNER |= {"decoder.comparator", "evaluate.inversion", "encoder.guard"}
 # A stage has one of epochs and steps; names are no part of what is computed; training attacks by PGD alone.
 EXEMPT = {"name", "base", "encoder.steps", "decoder.steps", "encoder.attack.kind"}
 
@@ -379,20 +381,23 @@ def before_and_after(key: str) -> tuple[Recipe, Recipe]:
     before = Recipe.model_validate(WHOLE)
     if key == "decoder.losses.preset":  # it stands beside no other weights
         before = before.replace({"decoder.losses": {}})
+    if key == "encoder.noise":  # which is for single steps
+        before = before.replace({"encoder.attack.steps": 1})
     if key == "engine.offload":  # DDP has nothing to offload
         before = before.replace({"engine.kind": "deepspeed"})
     return before, before.replace({key: OTHER[key]})
 
 
 def test_every_key_has_another_value() -> None:
-    inner = {key for key in keys(Recipe) if not key.startswith("evaluate.attacks.")}
+    inner = {key for key in keys(Recipe) if not key.startswith(("evaluate.attacks.", "encoder.phases."))}
     assert inner - GROUPS - INNER - EXEMPT == set(OTHER)
 
 
 def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     """A recipe without them has the digest it had before there were such keys: they are no part of the document."""
     document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
-    assert not {"width", "objective", "radius_warmup"} & set(document["encoder"])
+    later = {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard"}
+    assert not later & set(document["encoder"])
     assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]
     assert "kind" not in document["encoder"]["attack"]

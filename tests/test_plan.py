@@ -153,7 +153,7 @@ def test_memory_and_disk_by_hand():
     held = 100 * activations(Networks(changed, SHAPE, 10).encoder, SHAPE)
     assert encoder.memory == {
         "weights": weights, "gradients": weights, "optimiser": weights, "average": weights, "activations": held,
-        "images": 1000 * 28 * 28,
+        "images": 1000 * 28 * 28, "copy to attack": weights,
     }  # fmt: skip
     trained = 4 * (networks["decoder"] + networks["discriminator"])
     assert decoder.memory["optimiser"] == 2 * trained

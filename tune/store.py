@@ -106,7 +106,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     """The stages of a recipe's trip: the encoder's and, where it has one, the decoder's."""
     alone: dict[str, Any] = {"base": None, "map": None}
     if not recipe.encoder.attack.eps:  # then nothing else of the attack matters
-        alone |= {"encoder.attack": {"eps": 0.0}, "encoder.radius_warmup": 0.0}
+        alone |= {"encoder.attack": {"eps": 0.0}, "encoder.radius_warmup": 0.0, "encoder.quick_attack": True}
+        alone |= {"encoder.noise": 0.0, "encoder.guard": None}
     bare = recipe.replace({**alone, "encoder.layer": None, "decoder": None})
     encoder = _key(bare, "encoder")
     attack = recipe.encoder.attack

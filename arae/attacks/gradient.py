@@ -71,6 +71,23 @@ def perturb(model: Model, x: Tensor, y: Tensor, attack: Attack, generator: torch
     return search.run(x, y, attack.restarts, generator, random_start=attack.random_start, survivors_only=False)
 
 
+def perturb_unprojected(
+    model: Model, x: Tensor, y: Tensor, attack: Attack, noise: float, generator: torch.Generator | None = None
+) -> Tensor:
+    """N-FGSM (de Jorge et al. 2022, Algorithm 1), for training: noise, one step, and no projection onto the ball.
+
+    The noise is uniform in the ball of `noise` radii; the step is one radius long where the attack names no size.
+    Returns images in [0, 1] which may lie outside the ball.
+    """
+    if attack.norm is None or attack.eps == 0:
+        return x
+    threat, size = Threat(attack.norm, attack.eps), attack.eps if attack.step_size is None else attack.step_size
+    start = x.detach() + Threat(attack.norm, noise * attack.eps).sample(x, generator)
+    with evaluation_mode(model):
+        direction = ascent(model, start, lambda logits: F.cross_entropy(logits, y, reduction="none"))[2]
+    return (start + size * threat.steepest(direction)).clamp(0, 1)
+
+
 def ascent(model: Model, images: Tensor, criterion: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [N, K] and losses [N] of the images [N, ...], and the direction [N, ...] in which each loss rises most.
 

@@ -9,7 +9,20 @@ from arae.config.base import Augment, Count, Fraction01, Norm, Part, Positive, R
 from arae.config.document import digest_of, flatten, keys, models_in
 from arae.config.load import difference, dump_recipe, load_options, load_recipe, shipped_recipes
 from arae.config.schema import Data, EngineChoice, Evaluate, Inversion, Map, Recipe, State
-from arae.config.stages import Attack, Comparator, Decoder, Encoder, Losses, Objective, Preset, Schedule, Stage
+from arae.config.stages import (
+    Attack,
+    Comparator,
+    Decoder,
+    Encoder,
+    Guard,
+    Losses,
+    Objective,
+    Phase,
+    Preset,
+    Schedule,
+    Span,
+    Stage,
+)
 
 __all__ = [
     "Attack",
@@ -22,17 +35,20 @@ __all__ = [
     "EngineChoice",
     "Evaluate",
     "Fraction01",
+    "Guard",
     "Inversion",
     "Losses",
     "Map",
     "Norm",
     "Objective",
     "Part",
+    "Phase",
     "Positive",
     "Preset",
     "Radius",
     "Recipe",
     "Schedule",
+    "Span",
     "Stage",
     "State",
     "check_radius",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import Field, model_validator
 
@@ -118,10 +118,43 @@ class Objective(Part):
     """GAIRAT: lambda of its weights, (1 + tanh(lambda + 5 (1 - 2 k / K))) / 2 where a sample falls at step k of K."""
 
 
+class Phase(Part):
+    """The stage up to some share of its steps, made cheaper."""
+
+    until: Annotated[float, Field(gt=0, lt=1)]
+    """Share of the stage's steps at which the next phase begins."""
+    steps: Count | None = None
+    """Steps of the attack; default: its own. A step_size that is given is longer by as much as they are fewer."""
+    scale: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Factor on the images' side. An l2 radius shrinks with it, so that a pixel is perturbed by as much."""
+
+
+class Guard(Part):
+    """What is done about catastrophic overfitting: robustness that is suddenly there for the training attack alone.
+
+    Found when the accuracy under PGD-10 on held-out images (`evaluate.looks` times a stage) falls below a share of its
+    best: then training goes back to the state that was best, and on with a stronger attack (Wong et al. 2020 stop).
+    """
+
+    below: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Share of the best accuracy so far below which training has overfitted."""
+    steps: Count = 7
+    """Steps of the attack from then on, in all phases: PGD's, of its default size, without noise."""
+
+
+class Span(NamedTuple):
+    """A part of an encoder's stage: how it attacks, and images of which size."""
+
+    until: float
+    """Share of the stage's steps at which it ends."""
+    attack: Attack
+    scale: float
+
+
 class Encoder(Stage):
     """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
 
-    later = Stage.later | {"width", "objective", "radius_warmup"}
+    later = Stage.later | {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard"}
 
     name: str
     """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
@@ -137,6 +170,16 @@ class Encoder(Stage):
     radius_warmup: Fraction01 = 0.0
     """Share of the stage's steps over which the radius of the attack grows from 0 to its own, evenly (and with it the
     step size). At large radii short trainings from random weights do not leave the level of chance without."""
+    noise: Annotated[float, Field(ge=0)] = 0.0
+    """N-FGSM (de Jorge et al. 2022, Algorithm 1; theirs: 2): noise of so many radii before a single step of the radius
+    (or of step_size), and no projection after it."""
+    phases: tuple[Phase, ...] = ()
+    """Cheaper first phases, in order: fewer steps of the attack, smaller images."""
+    guard: Guard | None = None
+    """Watch for catastrophic overfitting, which single-step attacks are prone to."""
+    quick_attack: bool = True
+    """Attack a copy of the network that is made for attacks: the same up to rounding, in less time, for the memory of
+    the weights once more (whole on every worker, also in ZeRO's stage 3). Off, attacks see the network itself."""
     objective: Objective = Objective()
     lr: Positive = 0.1
     momentum: Fraction01 = 0.9
@@ -152,6 +195,41 @@ class Encoder(Stage):
         if self.objective.kind != "at" and self.label_smoothing:
             raise ValueError(f"label_smoothing is for objective.kind = at, not {self.objective.kind}: set it to 0")
         return self
+
+    @model_validator(mode="after")
+    def _phases_in_order(self) -> Self:
+        ends = [phase.until for phase in self.phases]
+        if ends != sorted(set(ends)):
+            raise ValueError(f"phases end at {ends} of the stage: write them in order, each longer than the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _noise_before_one_step(self) -> Self:
+        attack = self.attack
+        if not self.noise or not attack.eps:
+            return self
+        if self.objective.kind != "at":
+            raise ValueError(f"noise is for objective.kind = at, not {self.objective.kind}: set it to 0")
+        if attack.steps != 1 or attack.random_start or attack.restarts != 1 or any(p.steps for p in self.phases):
+            raise ValueError(
+                f"noise = {self.noise:g} goes before a single step: set attack.steps to 1, and leave random_start, "
+                "restarts and the phases' steps out"
+            )
+        check_radius(attack.norm, self.noise * attack.eps, "noise · attack.eps")
+        return self
+
+    def spans(self) -> tuple[Span, ...]:
+        """The stage's parts in order; the last one ends at 1."""
+        return (*(self._span(phase) for phase in self.phases), Span(1.0, self.attack, 1.0))
+
+    def _span(self, phase: Phase) -> Span:
+        attack, changes = self.attack, dict[str, Any]()
+        shrunk = phase.scale if attack.norm == "l2" else 1.0
+        steps = phase.steps or attack.steps
+        if attack.step_size is not None:
+            changes["step_size"] = attack.step_size * shrunk * attack.steps / steps
+        changes |= {"eps": attack.eps * shrunk, "steps": steps}
+        return Span(phase.until, attack.model_copy(update=changes), phase.scale)
 
 
 Preset = Literal[

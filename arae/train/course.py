@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from arae.data.load import stream
-from arae.errors import InputError
+from arae.errors import AraeError, InputError
 from arae.train import faults
+from arae.train.encoder import EncoderTrainer
 from arae.train.stage import Fit, Trainer, digest_of_stage, order_seed
-from arae.train.state import Saved, best_of, list_states, newest_state, read_state
+from arae.train.state import Saved, best_of, drop_states_after, list_states, newest_state, read_state
 
 
 @dataclass
@@ -94,18 +95,50 @@ def go_back(trainer: Trainer, run: Fit, course: Course, lost: faults.LostNumbers
     return back
 
 
-def take_best(trainer: Trainer, run: Fit) -> None:
-    """Set back the state that was best on the held-out images, to be exported; the next best where it is damaged."""
-    payload = None
+def go_back_to_best(trainer: EncoderTrainer, run: Fit, lost: faults.Overfitted) -> Course:
+    """The state that was best on the held-out images again, and from there on the attack that the guard names.
+
+    Later states are removed, for a run that goes on would begin with the newest. AraeError where no state can be read.
+    """
+    found = best_state(trainer.name, run)
+    if found is None:
+        raise AraeError(
+            f"the {trainer.name}'s robust accuracy fell from {lost.best:.3g} to {lost.score:.3g} by step {lost.step} "
+            "(catastrophic overfitting), and no state from before can be read; give encoder.attack more steps, under "
+            "another name=…"
+        )
+    saved, payload = found
     if run.log.active:
-        scored = [s for s in list_states(run.folder.state) if s.stage == trainer.name and s.score is not None]
-        while payload is None and (best := best_of(scored)):
+        drop_states_after(run.folder.state, trainer.name, saved.step)
+    trainer.restore(payload["trainer"])
+    trainer.harden()
+    assert trainer.part.guard is not None
+    run.log.note(
+        f"the {trainer.name}'s robust accuracy fell from {lost.best:.3g} to {lost.score:.3g} by step {lost.step} "
+        f"(catastrophic overfitting): gone back to step {saved.step}, and on with PGD of {trainer.part.guard.steps} "
+        "steps"
+    )
+    return course_of(saved, payload)
+
+
+def best_state(stage: str, run: Fit) -> tuple[Saved, dict[str, Any]] | None:
+    """The state that was best on the held-out images; the next best where it is damaged. Rank 0 reads it for all."""
+    found = None
+    if run.log.active:
+        scored = [s for s in list_states(run.folder.state) if s.stage == stage and s.score is not None]
+        while found is None and (best := best_of(scored)):
             scored.remove(best)
             payload = read_state(run.folder.state, best, run.log.note)
-            if payload is not None:
-                run.log.note(f"the {trainer.name} of step {best.step} is exported, the best kept ({best.score:.4g})")
-        if payload is None:
-            run.log.note(f"no scored state of the {trainer.name} can be read: its last weights are exported")
-    payload = run.engine.told(payload)
-    if payload is not None:
-        trainer.restore(payload["trainer"])
+            found = None if payload is None else (best, payload)
+    return run.engine.told(found)
+
+
+def take_best(trainer: Trainer, run: Fit) -> None:
+    """Set back the state that was best on the held-out images, to be exported."""
+    found = best_state(trainer.name, run)
+    if found is None:
+        run.log.note(f"no scored state of the {trainer.name} can be read: its last weights are exported")
+        return
+    best, payload = found
+    run.log.note(f"the {trainer.name} of step {best.step} is exported, the best kept ({best.score:.4g})")
+    trainer.restore(payload["trainer"])

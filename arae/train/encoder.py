@@ -8,13 +8,17 @@ clean one first, as in the authors' code, so batch norm does not mix them; its r
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arae.attacks.gradient import perturb
-from arae.config import Attack, Recipe
+from arae.attacks.gradient import perturb, perturb_unprojected
+from arae.attacks.network import AttackNetwork
+from arae.config import Attack, Recipe, Span
 from arae.models.encoder import Encoder
 from arae.seeds import mix
 from arae.train import losses, objectives
@@ -35,13 +39,17 @@ class EncoderTrainer:
         self.kind = self.part.objective.kind if self.part.attack.eps else "at"
         self.beta = self.part.objective.beta or objectives.BETA.get(self.kind, 0.0)
         self.model = model
+        self.quick = AttackNetwork(model) if self.part.quick_attack and self.part.attack.eps else None
         self.learner = engine.learner(model, self._optimizer)
         self.buffers = StepBuffers(self.model)
+        self.hardened = False
+        """Whether the guard has found catastrophic overfitting."""
         with self.learner.whole():
             self.average = Average(self.model, self.part.ema)
 
     def _optimizer(self, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(weights, self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay)
+        part = self.part
+        return torch.optim.SGD(weights, part.lr, part.momentum, weight_decay=part.weight_decay, fused=True)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""
@@ -49,7 +57,8 @@ class EncoderTrainer:
         self.learner.start(self.part.lr * factor(self.part.schedule, step, self.total))
         self.buffers.begin()
         share = micros[0].of / self.engine.size
-        seen = [self._descend(step, micro, share, last=micro is micros[-1]) for micro in micros]
+        attacked = self._attacked()
+        seen = [self._descend(step, micro, attacked, share, last=micro is micros[-1]) for micro in micros]
         self.learner.update()
         self.buffers.end(self.engine, share)
         if self.part.ema:
@@ -57,10 +66,23 @@ class EncoderTrainer:
                 self.average.update()
         return {key: torch.stack([one[key] for one in seen]).sum() / share for key in seen[0]}
 
-    def _descend(self, step: int, micro: Micro, share: float, *, last: bool) -> dict[str, Tensor]:
+    def _attacked(self) -> Encoder | AttackNetwork:
+        """The network that a step's attacks see: a copy as of now, made for them, or the network itself."""
+        if self.quick is None:
+            return self.model
+        with self.learner.whole():
+            self.quick.refresh(self.engine.dtype)
+        return self.quick
+
+    def _descend(
+        self, step: int, micro: Micro, network: Encoder | AttackNetwork, share: float, *, last: bool
+    ) -> dict[str, Tensor]:
         seed = mix(self.recipe.seed, "encoder", step, micro.index)
-        with self.engine.autocast():
-            attacked, weights = self._attack(step, micro, torch.Generator(self.engine.device).manual_seed(seed))
+        generator = torch.Generator(self.engine.device).manual_seed(seed)
+        span = self._span(step)
+        micro = resized(micro, span.scale)
+        with nullcontext() if network is self.quick else self.engine.autocast():
+            attacked, weights = self._attack(step, span, micro, network, generator)
         torch.manual_seed(seed)  # dropout
         with self.learner.accumulating(last=last):
             with self.engine.autocast():
@@ -72,19 +94,35 @@ class EncoderTrainer:
         hits = (logits.detach().argmax(1) == micro.labels).float().mean()
         return {"loss": loss.detach(), "train_accuracy": hits}
 
-    def _attack(self, step: int, micro: Micro, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+    def _attack(
+        self, step: int, span: Span, micro: Micro, network: nn.Module, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor | None]:
         """The images to learn from, and GAIRAT's weights once they count."""
-        part, x, y = self._radius(step), micro.images, micro.labels
+        part, x, y = self._radius(step, span.attack), micro.images, micro.labels
+        if self.part.noise and not self.hardened:
+            return perturb_unprojected(network, x, y, part, self.part.noise, generator), None
         if self.kind == "trades":
-            return objectives.perturb_divergence(self.model, x, part, generator), None
+            return objectives.perturb_divergence(network, x, part, generator), None
         if self.kind == "gairat" and step >= self.part.objective.burn_in * self.total:
-            attacked, held = objectives.perturb_counting(self.model, x, y, part, generator)
+            attacked, held = objectives.perturb_counting(network, x, y, part, generator)
             return attacked, objectives.geometry_weights(held, part.steps, self.part.objective.shift)
-        return perturb(self.model, x, y, part, generator), None
+        return perturb(network, x, y, part, generator), None
 
-    def _radius(self, step: int) -> Attack:
+    def harden(self) -> None:
+        """From now on attack as the recipe's guard says."""
+        self.hardened = True
+
+    def _span(self, step: int) -> Span:
+        """The part of the stage that a step belongs to."""
+        span = next(span for span in self.part.spans() if step < span.until * self.total)
+        if not self.hardened or self.part.guard is None:
+            return span
+        harder = {"steps": self.part.guard.steps, "step_size": None}
+        return span._replace(attack=span.attack.model_copy(update=harder))
+
+    def _radius(self, step: int, attack: Attack) -> Attack:
         """The attack at a step: while the radius warms up, a smaller one."""
-        attack, share = self.part.attack, (step + 1) / max(self.part.radius_warmup * self.total, 1)
+        share = (step + 1) / max(self.part.radius_warmup * self.total, 1)
         if share >= 1 or not attack.eps:
             return attack
         size = None if attack.step_size is None else attack.step_size * share
@@ -106,13 +144,28 @@ class EncoderTrainer:
             "optimizer": learnt["optimizer"],
             "scaler": learnt["scaler"],
             "average": self.average.state(),
-        }
+        } | ({"hardened": self.hardened} if self.part.guard else {})
 
     def restore(self, state: dict[str, Any]) -> None:
         """Set all of `state()` back."""
         self.learner.restore({"weights": state["model"], "optimizer": state["optimizer"], "scaler": state["scaler"]})
         self.average.restore(state["average"])
+        self.hardened = state.get("hardened", False)
 
     def exported(self) -> dict[str, Tensor]:
         """The weights to keep: the moving average where there is one."""
         return self.average.weights(self.learner.state()["weights"])
+
+
+def sides(size: Sequence[int], scale: float) -> list[int]:
+    """Height and width times `scale`, in whole pixels."""
+    return [max(1, round(scale * side)) for side in size]
+
+
+def resized(micro: Micro, scale: float) -> Micro:
+    """The micro-batch with its images' sides times `scale`."""
+    if scale == 1:
+        return micro
+    size = sides(micro.images.shape[2:], scale)
+    smaller = F.interpolate(micro.images, size, mode="bilinear", antialias=True).clamp(0, 1)
+    return replace(micro, images=smaller.contiguous(memory_format=torch.channels_last))

@@ -44,6 +44,15 @@ class LostNumbers(Exception):  # noqa: N818 -- the loop handles it; it never rea
         return [self.step] if self.exact or not self.step else [self.step - 1, self.step]
 
 
+class Overfitted(Exception):  # noqa: N818 -- the loop handles it; it never reaches a user
+    """Catastrophic overfitting: held-out robustness has collapsed; raised on every worker alike."""
+
+    def __init__(self, step: int, score: float, best: float) -> None:
+        """`step`: steps made; `score`: robust accuracy there, `best`: the best before."""
+        super().__init__(f"robust accuracy {score} after {best}, step {step}")
+        self.step, self.score, self.best = step, score, best
+
+
 def lost_numbers(stage: str, lost: LostNumbers, *, tried: bool) -> AraeError:
     """What ends a stage whose loss is no number; `tried`: after going back did not help."""
     again = f" again, after {ROLLBACKS} batches were left out" if tried else ""

@@ -15,7 +15,8 @@ from arae.data.load import stream
 from arae.errors import Stopped
 from arae.seeds import mix
 from arae.train import faults
-from arae.train.course import Course, go_back, resume, take_best
+from arae.train.course import Course, go_back, go_back_to_best, resume, take_best
+from arae.train.encoder import EncoderTrainer
 from arae.train.meter import Meter, hosts_of
 from arae.train.micro import Micro
 from arae.train.saving import Saver
@@ -52,6 +53,13 @@ def fit(trainer: Trainer, run: Fit) -> float:
                 saver.wait()
                 course = go_back(trainer, run, course, lost)
                 meter.restart()
+            except faults.Overfitted as lost:
+                saver.wait()
+                assert isinstance(trainer, EncoderTrainer)
+                course = go_back_to_best(trainer, run, lost)
+                meter.restart()
+                # At once: a run that is killed now goes on with the new attack.
+                save(trainer, run, course, meter, saver, course.best)
     if run.part.export == "best":
         take_best(trainer, run)
     return meter.seconds
@@ -77,6 +85,7 @@ def advance(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Sav
             report(trainer, run, course, meter)
             word_every = max(1, min(run.interval, int(WORD_S / meter.step_s)))
         score = check(trainer, run, course, meter) if ends_epoch(run, done) else None
+        refuse_overfitting(trainer, course, score)
         # Workers must agree to stop or to save, which costs them a word: about one a second.
         stopping = late = False
         if at_interval or done % word_every == 0:
@@ -145,6 +154,13 @@ def refuse_no_number(trainer: Trainer, run: Fit, course: Course, meter: Meter) -
     if any(run.engine.any(not all_finite(state))):
         raise faults.LostNumbers(course.step - 1, math.nan, exact=True)
     return state
+
+
+def refuse_overfitting(trainer: Trainer, course: Course, score: float | None) -> None:
+    """Overfitted where a guarded encoder's robust accuracy has collapsed; every worker must call it."""
+    guard = trainer.part.guard if isinstance(trainer, EncoderTrainer) and not trainer.hardened else None
+    if guard and score is not None and course.best is not None and score < guard.below * course.best:
+        raise faults.Overfitted(course.step, score, course.best)
 
 
 def ends_epoch(run: Fit, done: int) -> bool:

@@ -15,7 +15,7 @@ from arae.models.autoencoder import load_encoder, read_config, save_part
 from arae.runs import RunFolder
 from arae.seeds import mix
 from arae.train.decoder import DecoderTrainer
-from arae.train.encoder import EncoderTrainer
+from arae.train.encoder import EncoderTrainer, sides
 from arae.train.engine import Engine
 from arae.train.faults import storage_told
 from arae.train.log import Listener, Log
@@ -150,6 +150,8 @@ class Worker:
         """InputError, before hours of training, for a layer that is not there and a decoder that will not fit it."""
         shape = self.source.shape
         encoder.feature_shape(shape, self.recipe.encoder.layer)
+        for scale in {phase.scale for phase in self.recipe.encoder.phases}:
+            encoder.refuse_unfit((shape[0], *sides(shape[1:], scale)))
         if self.recipe.decoder is not None:
             comparator = load_comparator(self.recipe.decoder.comparator, shape)
             networks = decoding(self.recipe, encoder, comparator, shape)

@@ -113,6 +113,15 @@ def read_state(folder: Path, saved: Saved, note: Callable[[str], None]) -> dict[
         return None
 
 
+def drop_states_after(folder: Path, stage: str, step: int) -> None:
+    """Remove the states of a stage that are of later steps."""
+    states = list_states(folder)
+    kept = [s for s in states if s.stage != stage or s.step <= step]
+    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in kept]}, indent=1))
+    for gone in set(states) - set(kept):
+        (folder / gone.file).unlink(missing_ok=True)
+
+
 def drop_states(folder: Path) -> None:
     """Remove all states: their stage is finished and exported."""
     (folder / "manifest.json").unlink(missing_ok=True)

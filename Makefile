@@ -40,11 +40,12 @@ lint: setup  ## ruff and pyright, as the commit hooks run them
 	$(BIN)/pyright
 
 bench: setup  ## the benchmarks
+	@[ -d .peers ] || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers -r benchmarks/peers.txt || rm -rf .peers
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 picture: setup  ## the README's pictures and table, from the demo's run
 	@$(BIN)/python -m benchmarks.readme runs/demo
 
-clean:  ## removes .venv and the tools' caches; runs and data stay
-	rm -rf .venv .pytest_cache .ruff_cache build dist arae.egg-info
+clean:  ## removes .venv, .peers and the tools' caches; runs and data stay
+	rm -rf .venv .peers .pytest_cache .ruff_cache build dist arae.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,17 +11,19 @@ import torch
 from arae.errors import AraeError
 from arae.files import write_text
 from arae.train.engine import default_device
+from benchmarks.decoder import decoder
 from benchmarks.encoding import encoding
 from benchmarks.harness import README, Result, read, section, with_tables, write
 from benchmarks.loading import loading
 from benchmarks.outage import outage
 from benchmarks.overhead import overhead
 from benchmarks.photographs import NAME, photographs
-from benchmarks.steps import decoder, encoder_resnet, encoder_small
+from benchmarks.step import encoder_small, pgd_alexnet, pgd_resnet18
 
 BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
+    "pgd-alexnet": pgd_alexnet,
+    "pgd-resnet18": pgd_resnet18,
     "encoder-small": encoder_small,
-    "encoder-resnet": encoder_resnet,
     "decoder": decoder,
     "loading": loading,
     "encoding": encoding,
@@ -31,7 +33,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
 }
 APART = {"overhead", "outage"}
 """Long, or in need of a machine that does nothing else: run by name alone."""
-GROUPS = {"step": ("encoder-small", "encoder-resnet", "decoder")}
+GROUPS = {"step": ("pgd-alexnet", "pgd-resnet18", "encoder-small")}
 
 
 def chosen(names: Sequence[str]) -> list[str]:

@@ -136,8 +136,8 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
     [
         ([], [name for name in BENCHMARKS if name not in APART]),
         (["loading"], ["loading"]),
-        (["step"], ["encoder-small", "encoder-resnet", "decoder"]),
-        (["decoder", "step"], ["encoder-small", "encoder-resnet", "decoder"]),
+        (["step"], ["pgd-alexnet", "pgd-resnet18", "encoder-small"]),
+        (["decoder", "step"], ["pgd-alexnet", "pgd-resnet18", "encoder-small", "decoder"]),
     ],
 )
 def test_names_choose(names: list[str], meant: list[str]) -> None:
@@ -149,7 +149,7 @@ def test_an_unknown_name_is_refused(repository: Path) -> None:
     command = [sys.executable, "-m", "benchmarks", "lodaing"]
     done = subprocess.run(command, cwd=repository, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "lodaing: no such benchmark; there are encoder-small" in done.stderr
+    assert "lodaing: no such benchmark; there are pgd-alexnet" in done.stderr
 
 
 def test_the_committed_tables_are_those_of_the_committed_results() -> None:

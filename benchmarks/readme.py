@@ -1,26 +1,30 @@
 """`python -m benchmarks.readme RUN`: the README's pictures and table from a demo's run, and the records they rest on.
 
 Writes `docs/demo-map.png`, `docs/demo-reconstructions.png`, `benchmarks/results/demo.jsonl` (the records as measured)
-and the README's table between its markers.
+and the README's table between its markers. `python -m benchmarks.readme RUN cifar10-radii` does so with the map of a
+sweep over radii on CIFAR-10, once `arae report RUN` has drawn it.
 """
 
 from __future__ import annotations
 
 import io
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
 
 from arae.errors import InputError
 from arae.files import write_text
-from arae.records import Record, read_records
+from arae.records import Record, write_records
+from arae.report import collect
 from arae.report.table import Column, tabulate, threat_text
 from arae.report.words import sentences
 
 ROOT = Path(__file__).resolve().parent.parent
-README, RECORDS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "demo.jsonl"
-BEGIN, END = "<!-- demo:begin -->", "<!-- demo:end -->"
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
+SHOWN = {"demo": ("map", "reconstructions"), "cifar10-radii": ("curves", "map")}
+"""What the README shows, and the pictures of each."""
 WIDTH = 1200  # pixels
 
 
@@ -35,7 +39,7 @@ def shown(record: Record | None) -> str:
 
 def table(records: list[Record]) -> str:
     """Markdown: what is seen, in words; one row a training radius, accuracies in per cent, PSNR in dB."""
-    made = tabulate(records)
+    made = tabulate(in_one_row(records))
     columns = [c for c in made.columns if c.protocol in ("classification", "reconstruction") and shows(c)]
     columns = [c for c in columns if any(row.get(c.metric, c.protocol, c.threat) for row in made.rows)]
     head = ["encoder", *(heading(c) for c in columns)]
@@ -47,6 +51,26 @@ def table(records: list[Record]) -> str:
     tail = f"{measured}; {one.time[:10]}, revision {one.git[:12]}; {hardware}."
     said = "\n".join(f"- {sentence}" for sentence in sentences(made))
     return said + "\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{tail}\n"
+
+
+def in_one_row(records: Sequence[Record]) -> list[Record]:
+    """A sweep measures an encoder once for all its decoders; where it has one alone, they are one row of the table."""
+    decoders: dict[tuple[str, str | None, float], dict[str | None, Record]] = {}
+    for record in records:
+        if record.model.decoder:
+            decoders.setdefault(trained(record), {})[record.training] = record
+    alone = {key: next(iter(found.values())) for key, found in decoders.items() if len(found) == 1}
+    return [
+        record
+        if record.model.decoder or (other := alone.get(trained(record))) is None
+        else record.model_copy(update={"model": other.model, "training": other.training})
+        for record in records
+    ]
+
+
+def trained(record: Record) -> tuple[str, str | None, float]:
+    """Which encoder a record is of."""
+    return record.model.encoder, record.model.train_norm, record.model.train_eps
 
 
 def shows(column: Column) -> bool:
@@ -61,13 +85,19 @@ def heading(column: Column) -> str:
     return {"clean_accuracy": "% right", "psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS"}[column.metric]
 
 
-def with_table(page: str, text: str) -> str:
-    """The page with the text between its markers."""
-    before, begin, rest = page.partition(BEGIN)
-    _, end, after = rest.partition(END)
+def with_table(page: str, name: str, text: str) -> str:
+    """The page with the text between the markers of that name."""
+    first, last = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, begin, rest = page.partition(first)
+    _, end, after = rest.partition(last)
     if not begin or not end:
-        raise InputError(f"{README}: has no {BEGIN} … {END}")
-    return f"{before}{BEGIN}\n\n{text}\n{END}{after}"
+        raise InputError(f"{README}: has no {first} … {last}")
+    return f"{before}{first}\n\n{text}\n{last}{after}"
+
+
+def records_of(name: str) -> Path:
+    """Where the records lie that the README's table of this name is made of."""
+    return RESULTS / f"{name}.jsonl"
 
 
 def shrink(source: Path, target: Path) -> None:
@@ -83,15 +113,18 @@ def shrink(source: Path, target: Path) -> None:
 
 def main() -> None:
     """Renew the README from the run named on the command line."""
-    run = Path(sys.argv[1] if len(sys.argv) > 1 else "runs/demo")
+    given = sys.argv[1:]
+    run, name = Path(given[0] if given else "runs/demo"), given[1] if len(given) > 1 else "demo"
     try:
-        records = read_records(run)
-        for name in ("map", "reconstructions"):
-            if not (run / f"{name}.png").is_file():
-                raise InputError(f"{run}: no {name}.png; `make demo` writes it")
-            shrink(run / f"{name}.png", ROOT / "docs" / f"demo-{name}.png")
-        write_text(RECORDS, (run / "records.jsonl").read_text())
-        write_text(README, with_table(README.read_text(), table(records)))
+        if name not in SHOWN:
+            raise InputError(f"{name}: the README shows no such thing, but {', '.join(SHOWN)}")
+        records = sorted(collect(run), key=lambda record: record.model.train_eps)
+        for picture in SHOWN[name]:
+            if not (run / f"{picture}.png").is_file():
+                raise InputError(f"{run}: no {picture}.png; `make demo`, or `arae report` of a sweep, writes it")
+            shrink(run / f"{picture}.png", ROOT / "docs" / f"{name}-{picture}.png")
+        write_records(records_of(name), records)
+        write_text(README, with_table(README.read_text(), name, table(records)))
     except InputError as error:
         sys.exit(f"arae: {error}")
 

@@ -140,13 +140,15 @@ def test_the_packages_named_are_those_that_are_installed() -> None:
         assert package in setup
 
 
-def test_the_demos_table_is_that_of_its_records() -> None:
+@pytest.mark.parametrize(("name", "workers"), [("demo", 2), ("cifar10-radii", 1)])
+def test_a_table_is_that_of_its_records(name: str, workers: int) -> None:
     from arae.records import read_records
-    from benchmarks.readme import RECORDS, table, with_table
+    from benchmarks.readme import SHOWN, records_of, table, with_table
 
-    text = README.read_text()
-    assert with_table(text, table(read_records(RECORDS))) == text
-    assert {r.hardware["world_size"] for r in read_records(RECORDS)} == {2}
+    text, records = README.read_text(), read_records(records_of(name))
+    assert with_table(text, name, table(records)) == text
+    assert {r.hardware["world_size"] for r in records} == {workers}
+    assert all(f"(docs/{name}-{picture}.png)" in text for picture in SHOWN[name])
 
 
 def test_the_architecture_page_names_every_module() -> None:
@@ -158,9 +160,9 @@ def test_the_architecture_page_names_every_module() -> None:
 def test_the_demos_records_show_what_the_demo_is_for() -> None:
     """The committed run, held against what it must show; `make demo` is the experiment, this its record."""
     from arae.records import read_records
-    from benchmarks.readme import RECORDS
+    from benchmarks.readme import records_of
 
-    records = read_records(RECORDS)
+    records = read_records(records_of("demo"))
     radii = sorted({r.model.train_eps for r in records})
     assert len(radii) >= 3
     assert radii[0] == 0

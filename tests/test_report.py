@@ -225,7 +225,7 @@ def test_words_turn_when_the_numbers_do():
     assert "30.0 points less" in said
     assert "PSNR is best for the standard encoder (25.00 dB; the encoder trained at ε = 1.5: 12.00 dB)" in said
     assert "goes from 25.00 dB to 26.00 dB for the standard encoder" in said
-    assert "Only 1 of 2 decoders beats the mean image (worst: the encoder trained at ε = 1.5, −0.25 dB)" in said
+    assert "Only 1 of 2 decoders beat the mean image (worst: the encoder trained at ε = 1.5, −0.25 dB)" in said
 
 
 def test_summary_has_every_value_and_reason():

@@ -162,9 +162,9 @@ def _against_baselines(rows: list[Row]) -> str | None:
         least, row = min(gains, key=lambda g: g[0])
         beaten = sum(gain > 0 for gain, _ in gains)
         margin = f" by {number_text(least, 'dB')} dB or more" if beaten == len(gains) else ""
-        who = "every decoder" if beaten == len(gains) else f"only {beaten} of {len(gains)} decoders"
+        who = "every decoder beats" if beaten == len(gains) else f"only {beaten} of {len(gains)} decoders beat"
         worst = "" if margin else f" (worst: {_name(row)}, {number_text(least, 'dB')} dB)"
-        said.append(f"{who} beats {name}{margin}{worst}")
+        said.append(f"{who} {name}{margin}{worst}")
     return _capital(f"{', and '.join(said)}, in PSNR.") if said else None
 
 

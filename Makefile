@@ -40,7 +40,7 @@ lint: setup  ## ruff and pyright, as the commit hooks run them
 	$(BIN)/pyright
 
 bench: setup  ## the benchmarks
-	@[ -d .peers ] || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers -r benchmarks/peers.txt || rm -rf .peers
+	@cmp -s benchmarks/peers.txt .peers/peers.txt || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers -r benchmarks/peers.txt && cp benchmarks/peers.txt .peers || true
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 picture: setup  ## the README's pictures and table, from the demo's run

@@ -15,6 +15,7 @@ from arae.data.load import Described, augmented, describe, same_kind
 from arae.errors import InputError
 from arae.models import create_encoder
 from arae.precision import resolve_precision
+from arae.train.encoder import sides
 from arae.train.networks import decoding, load_comparator
 from arae.train.objectives import check_objective
 
@@ -46,7 +47,10 @@ def check(recipe: Recipe, device: torch.device) -> Iterator[str]:
     )
     check_objective(recipe.encoder)
     features = encoder.feature_shape(shape, recipe.encoder.layer)
-    _trains_alone(encoder, torch.zeros(1, *shape), recipe.encoder, "encoder")
+    for scale in {1.0, *(phase.scale for phase in recipe.encoder.phases)}:
+        size = (shape[0], *sides(shape[1:], scale))
+        encoder.refuse_unfit(size)
+        _trains_alone(encoder, torch.zeros(1, *size), recipe.encoder, "encoder")
     yield f"encoder: {recipe.encoder.name}, features {features} at {recipe.encoder.layer or encoder.layer}"
     if (part := recipe.decoder) is not None:
         if part.augment is not None and recipe.data.train is not None:

@@ -154,12 +154,12 @@ class Networks:
         rebuilt = (1 + len(attacks)) * rebuild if settings.protocol == "map" else 0
         return self.classify.forward + attacked + rebuilt
 
-    def encoder_memory(self, micro: int) -> dict[str, int]:
-        """Bytes a worker holds at the peak of an encoder step, by what they are."""
-        weights = parameters(self.encoder)
-        twice = self.recipe.encoder.objective.kind in ("trades", "mart") and self.recipe.encoder.attack.eps > 0
+    def encoder_memory(self, micro: int, attack: Attack | None = None) -> dict[str, int]:
+        """Bytes a worker holds at the peak of an encoder step, by what they are; default: under the recipe's attack."""
+        weights, eps = parameters(self.encoder), (attack or self.recipe.encoder.attack).eps
+        twice = self.recipe.encoder.objective.kind in ("trades", "mart") and eps > 0
         held = activations(self.encoder, self.shape) * micro * (1 + twice)
-        copied = self.recipe.encoder.quick_attack and self.recipe.encoder.attack.eps > 0
+        copied = self.recipe.encoder.quick_attack and eps > 0
         found = _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
         return found | ({"copy to attack": weights * FLOAT} if copied else {})
 

@@ -153,7 +153,7 @@ def stage_plans(
 
 def _memory(trip: Recipe, networks: Networks, n_test: int) -> Iterator[dict[str, int]]:
     """Bytes that a worker holds in each of `stage_plans`."""
-    yield networks.encoder_memory(trip.encoder.micro)
+    yield networks.encoder_memory(trip.encoder.micro, trip.encoder.attack)
     if trip.decoder:
         yield networks.decoder_memory(trip.decoder.micro)
     if n_test:

@@ -4,7 +4,7 @@ Measured: one whole optimiser step (attack, forward, backward, update) on images
 - `pgd-alexnet` AlexNet, 3 × 224 × 224, 1,000 classes, l2 3, steps of 0.5, n = 3 rounds.
 - `pgd-resnet18` ResNet-18 for 32 px, 10 classes, l2 0.5, steps of 0.1, n = 5 rounds.
   Batch 16 on a CPU, 256 on a GPU. Both against MadryLab/robustness' own step of its own network (`peers.txt`), as
-  shipped, and with what anyone can set about it: autocast, and TF32 on a GPU. (Channels-last it can't be had in: its
+  shipped, and with what anyone can set about it: autocast. (Channels-last it can't be had in: its
   l2 step fails on such gradients.) The bound is 1 + K (F + Bx) / T: T a clean step, F a forward pass and Bx the
   gradient in the images, both of the network that the attack sees.
 - `encoder-small` small-cnn, 1 × 28 × 28, batch 64, l2 0.5, n = 7 rounds: the demo's network.

@@ -61,7 +61,7 @@ def test_the_stem_and_its_gradient_are_the_convolutions_own(layout: torch.memory
         (nn.Conv2d(4, 8, 5, 2, groups=2), False),
         (nn.Conv2d(3, 8, 3, 2, dilation=2), False),
         (nn.Conv2d(3, 8, 5, 2, 2, padding_mode="reflect"), False),
-        (nn.Conv2d(3, 8, 5, padding="same"), False),
+        (nn.Conv2d(3, 8, 5, 2, padding="valid"), False),
     ],
 )
 def test_which_first_convolutions_are_rewritten(conv: nn.Conv2d, taken: bool) -> None:

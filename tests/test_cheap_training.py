@@ -72,7 +72,7 @@ def test_a_step_after_noise_is_the_formula(attack: Attack, size: float | None) -
     found = perturb_unprojected(model, x, y, attack, 2.0, torch.Generator().manual_seed(7))
     assert attack.norm is not None
     noise = Threat(attack.norm, 2 * attack.eps).sample(x, torch.Generator().manual_seed(7)).numpy().reshape(5, -1)
-    start = x.numpy().reshape(5, -1) + noise
+    start = (x.numpy().reshape(5, -1) + noise).clip(0, 1)
     weight, bias = (p.detach().numpy() for p in model.parameters())
     z = start @ weight.T + bias
     p = np.exp(z - z.max(1, keepdims=True))

@@ -352,7 +352,7 @@ OTHER: dict[str, Any] = {
     "encoder.weight_decay": 0.1, "encoder.label_smoothing": 0.1, "encoder.ema": 0.9, "encoder.width": 0.5,
     "encoder.objective.kind": "trades", "encoder.objective.beta": 3.0, "encoder.objective.burn_in": 0.25,
     "encoder.objective.shift": 0.0, "encoder.radius_warmup": 0.5, "encoder.quick_attack": False,
-    "encoder.phases": [{"until": 0.5, "scale": 0.5}], "encoder.guard.steps": 3, "encoder.guard.below": 0.25,
+    "encoder.phases": [{"until": 0.5, "scale": 0.5}], "encoder.guard.steps": 9, "encoder.guard.below": 0.25,
     "encoder.noise": 2.0,
     "decoder.epochs": 3, "decoder.batch": 64, "decoder.micro_batch": 16, "decoder.lr": 0.2,
     "decoder.schedule.kind": "cosine", "decoder.schedule.warmup": 0.1, "decoder.schedule.every": 0.5,
@@ -381,7 +381,7 @@ def before_and_after(key: str) -> tuple[Recipe, Recipe]:
     before = Recipe.model_validate(WHOLE)
     if key == "decoder.losses.preset":  # it stands beside no other weights
         before = before.replace({"decoder.losses": {}})
-    if key == "encoder.noise":  # which is for single steps
+    if key == "encoder.noise" or key.startswith("encoder.guard"):  # which are for single steps
         before = before.replace({"encoder.attack.steps": 1})
     if key == "engine.offload":  # DDP has nothing to offload
         before = before.replace({"engine.kind": "deepspeed"})

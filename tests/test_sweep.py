@@ -94,8 +94,8 @@ def test_a_full_disk_stops_it_and_with_room_it_goes_on(tmp_path: Path) -> None:
     assert done.returncode == 75, done.stderr
     assert "the disk is full" in done.stderr
     assert "same command" in done.stderr.splitlines()[-1]
-    begun = {path.parent.name for path in one.runs.glob("stages/*/model")}
-    assert begun, "nothing was trained before the disk was full"
+    begun = {path for kind in ("model", "state") for path in one.runs.glob(f"stages/*/{kind}")}
+    assert begun, "nothing was begun before the disk was full"
     code, said = one.run()
     assert code == 0, said
     assert len(one.table()) == 4

@@ -107,7 +107,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     alone: dict[str, Any] = {"base": None, "map": None}
     if not recipe.encoder.attack.eps:  # then nothing else of the attack matters
         alone |= {"encoder.attack": {"eps": 0.0}, "encoder.radius_warmup": 0.0, "encoder.quick_attack": True}
-        alone |= {"encoder.noise": 0.0, "encoder.guard": None}
+        smaller = [phase.model_copy(update={"steps": None}) for phase in recipe.encoder.phases if phase.scale < 1]
+        alone |= {"encoder.noise": 0.0, "encoder.guard": None, "encoder.phases": [p.model_dump() for p in smaller]}
     bare = recipe.replace({**alone, "encoder.layer": None, "decoder": None})
     encoder = _key(bare, "encoder")
     attack = recipe.encoder.attack
@@ -140,7 +141,8 @@ def _key(recipe: Recipe, name: Name) -> str:
     for weights in (recipe.encoder.weights, comparator.weights if comparator else None):
         if weights is not None:  # by what they are, not by where they lie
             parts.append(_weights(weights))
-    if any(stage.export == "best" for stage in stages):  # then held-out images choose the weights
+    chosen = any(stage.export == "best" for stage in stages) or recipe.encoder.guard is not None
+    if chosen:  # by held-out images
         parts += [_images(recipe, "test"), str(recipe.evaluate.looks)]
     return digest_of(parts)[:16]
 
@@ -251,7 +253,8 @@ class Work:
             return []
         limit, kept = share * starts[-1]["steps"] - 1e-6, outcome_of(stage).steps
         looks = [event for event in told if event["event"] == "epoch" and limit <= event["step"] <= kept]
-        return [starts[-1], looks[0]] if looks else []
+        counted = [event for event in reversed(looks) if not event.get("overfitted")]  # the newest of a step first
+        return [starts[-1], min(counted, key=lambda event: event["step"])] if counted else []
 
     def _measured(self, stage: Stage, run: Session) -> tuple[bool, float]:
         if stage.evaluation is None or stage.measured is None or stage.is_measured:

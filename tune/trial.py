@@ -70,7 +70,7 @@ class Voice:
             return
         if event["event"] == "stage" and event["state"] == "started":
             self._steps = event["steps"]
-        elif event["event"] == "epoch":
+        elif event["event"] == "epoch" and not event.get("overfitted"):  # then training goes back to before it
             metrics, step = event["metrics"], event["step"]
             score = next((metrics[name] for name in SCORES if name in metrics), None)
             self.tell({"step": step, "steps": self._steps, "score": score})

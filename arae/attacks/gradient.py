@@ -76,13 +76,14 @@ def perturb_unprojected(
 ) -> Tensor:
     """N-FGSM (de Jorge et al. 2022, Algorithm 1), for training: noise, one step, and no projection onto the ball.
 
-    The noise is uniform in the ball of `noise` radii; the step is one radius long where the attack names no size.
+    The noise is uniform in the ball of `noise` radii, cut to [0, 1] as in the authors' code, which is for l-inf alone.
+    The step is one radius long where the attack names no size.
     Returns images in [0, 1] which may lie outside the ball.
     """
     if attack.norm is None or attack.eps == 0:
         return x
     threat, size = Threat(attack.norm, attack.eps), attack.eps if attack.step_size is None else attack.step_size
-    start = x.detach() + Threat(attack.norm, noise * attack.eps).sample(x, generator)
+    start = (x.detach() + Threat(attack.norm, noise * attack.eps).sample(x, generator)).clamp(0, 1)
     with evaluation_mode(model):
         direction = ascent(model, start, lambda logits: F.cross_entropy(logits, y, reduction="none"))[2]
     return (start + size * threat.steepest(direction)).clamp(0, 1)

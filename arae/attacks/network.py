@@ -105,10 +105,22 @@ def foldable(net: nn.Module, graph: fx.Graph | None) -> list[tuple[str, str]]:
         if not isinstance(before, fx.Node) or before.op != "call_module" or len(before.users) != 1:
             continue
         conv, norm = net.get_submodule(str(before.target)), net.get_submodule(str(node.target))
+        once = runs.count(before.target) == runs.count(node.target) == 1
         plain = type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.running_var is not None
-        if plain and runs.count(before.target) == runs.count(node.target) == 1:
+        if once and plain and _alone(net, graph, conv) and _alone(net, graph, norm):
             pairs.append((str(before.target), str(node.target)))
     return pairs
+
+
+def _alone(net: nn.Module, graph: fx.Graph | None, module: nn.Module) -> bool:
+    """Whether the module does what its kind does and no more, in one place, with tensors that nobody else uses."""
+    (path, *others) = (name for name, one in net.named_modules(remove_duplicate=False) if one is module)
+    hooked = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    tensors = {id(tensor) for tensor in (*module.parameters(), *module.buffers())}
+    held = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    shared = sum(id(tensor) in tensors for _, tensor in held) > len(tensors)
+    read = graph is None or any(n.op == "get_attr" and str(n.target).startswith(f"{path}.") for n in graph.nodes)
+    return not (others or hooked or shared or read)
 
 
 def _graph(net: nn.Module) -> fx.Graph | None:
@@ -130,10 +142,10 @@ def _make_one(net: nn.Module, conv_path: str, norm_path: str) -> None:
 def _strided_stem(net: nn.Module, graph: fx.Graph | None) -> Stem | None:
     """Replace a strided first convolution by one with a quicker gradient, and return that."""
     first = next((node for node in graph.nodes if node.op == "call_module"), None) if graph else None
-    if first is None or not all(node.op == "placeholder" for node in first.args):
+    if first is None or [getattr(one, "op", None) for one in first.args] != ["placeholder"]:
         return None
     conv = net.get_submodule(first.target)
-    if not isinstance(conv, nn.Conv2d) or not strided(conv):
+    if type(conv) is not nn.Conv2d or not strided(conv) or not _alone(net, graph, conv):
         return None
     stem = Stem(conv)
     net.set_submodule(first.target, stem)

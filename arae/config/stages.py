@@ -133,13 +133,14 @@ class Guard(Part):
     """What is done about catastrophic overfitting: robustness that is suddenly there for the training attack alone.
 
     Found when the accuracy under PGD-10 on held-out images (`evaluate.looks` times a stage) falls below a share of its
-    best: then training goes back to the state that was best, and on with a stronger attack (Wong et al. 2020 stop).
+    best, by more than chance: then training goes back to the state that was best, and on with a stronger attack (Wong
+    et al. 2020 stop). Not before the radius has warmed up.
     """
 
     below: Annotated[float, Field(gt=0, lt=1)] = 0.5
     """Share of the best accuracy so far below which training has overfitted."""
     steps: Count = 7
-    """Steps of the attack from then on, in all phases: PGD's, of its default size, without noise."""
+    """Steps of the attack from then on, in all phases, more than it had: PGD's, of its default size, without noise."""
 
 
 class Span(NamedTuple):
@@ -201,6 +202,13 @@ class Encoder(Stage):
         ends = [phase.until for phase in self.phases]
         if ends != sorted(set(ends)):
             raise ValueError(f"phases end at {ends} of the stage: write them in order, each longer than the one before")
+        return self
+
+    @model_validator(mode="after")
+    def _guard_is_stronger(self) -> Self:
+        most = max(span.attack.steps for span in self.spans())
+        if self.guard and self.attack.eps and self.guard.steps <= most:
+            raise ValueError(f"guard.steps = {self.guard.steps} must be more than the attack has before it, {most}")
         return self
 
     @model_validator(mode="after")

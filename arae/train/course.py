@@ -95,7 +95,7 @@ def go_back(trainer: Trainer, run: Fit, course: Course, lost: faults.LostNumbers
     return back
 
 
-def go_back_to_best(trainer: EncoderTrainer, run: Fit, lost: faults.Overfitted) -> Course:
+def go_back_to_best(trainer: EncoderTrainer, run: Fit, course: Course, lost: faults.Overfitted) -> Course:
     """The state that was best on the held-out images again, and from there on the attack that the guard names.
 
     Later states are removed, for a run that goes on would begin with the newest. AraeError where no state can be read.
@@ -118,7 +118,11 @@ def go_back_to_best(trainer: EncoderTrainer, run: Fit, lost: faults.Overfitted) 
         f"(catastrophic overfitting): gone back to step {saved.step}, and on with PGD of {trainer.part.guard.steps} "
         "steps"
     )
-    return course_of(saved, payload)
+    back = course_of(saved, payload)
+    back.best = saved.score  # a better one may have been damaged
+    back.left_out = sorted({*course.left_out, *back.left_out})
+    back.watched, back.backs = course.watched, course.backs
+    return back
 
 
 def best_state(stage: str, run: Fit) -> tuple[Saved, dict[str, Any]] | None:

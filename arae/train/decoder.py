@@ -76,7 +76,7 @@ class DecoderTrainer:
             self.comparator = engine.place(comparator).eval().requires_grad_(False)
             self.compared_layer = self.part.comparator.layer
         betas = (float(self.part.betas[0]), float(self.part.betas[1]))
-        adam = partial(torch.optim.Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay, fused=True)
+        adam = partial(torch.optim.Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)
         self.generator = generator
         self.learner = engine.learner(generator, adam)
         self.buffers = StepBuffers(self.generator)

@@ -48,8 +48,7 @@ class EncoderTrainer:
             self.average = Average(self.model, self.part.ema)
 
     def _optimizer(self, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        part = self.part
-        return torch.optim.SGD(weights, part.lr, part.momentum, weight_decay=part.weight_decay, fused=True)
+        return torch.optim.SGD(weights, self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""

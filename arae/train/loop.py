@@ -19,11 +19,13 @@ from arae.train.course import Course, go_back, go_back_to_best, resume, take_bes
 from arae.train.encoder import EncoderTrainer
 from arae.train.meter import Meter, hosts_of
 from arae.train.micro import Micro
+from arae.train.probe import SIZE
 from arae.train.saving import Saver
 from arae.train.stage import Fit, Trainer, digest_of_stage, order_seed
 from arae.train.state import Saved
 
 SCORES = ("robust_accuracy", "clean_accuracy", "psnr")  # of what is measured, the first there is; higher is better
+SURE = 3.0  # standard errors
 WORD_S = 1.0  # how often, about, the workers agree whether to stop or to save
 
 
@@ -56,7 +58,7 @@ def fit(trainer: Trainer, run: Fit) -> float:
             except faults.Overfitted as lost:
                 saver.wait()
                 assert isinstance(trainer, EncoderTrainer)
-                course = go_back_to_best(trainer, run, lost)
+                course = go_back_to_best(trainer, run, course, lost)
                 meter.restart()
                 # At once: a run that is killed now goes on with the new attack.
                 save(trainer, run, course, meter, saver, course.best)
@@ -85,7 +87,8 @@ def advance(trainer: Trainer, run: Fit, course: Course, meter: Meter, saver: Sav
             report(trainer, run, course, meter)
             word_every = max(1, min(run.interval, int(WORD_S / meter.step_s)))
         score = check(trainer, run, course, meter) if ends_epoch(run, done) else None
-        refuse_overfitting(trainer, course, score)
+        if overfitted(trainer, course, score):
+            raise faults.Overfitted(done, score or 0.0, course.best or 0.0)
         # Workers must agree to stop or to save, which costs them a word: about one a second.
         stopping = late = False
         if at_interval or done % word_every == 0:
@@ -156,11 +159,18 @@ def refuse_no_number(trainer: Trainer, run: Fit, course: Course, meter: Meter) -
     return state
 
 
-def refuse_overfitting(trainer: Trainer, course: Course, score: float | None) -> None:
-    """Overfitted where a guarded encoder's robust accuracy has collapsed; every worker must call it."""
-    guard = trainer.part.guard if isinstance(trainer, EncoderTrainer) and not trainer.hardened else None
-    if guard and score is not None and course.best is not None and score < guard.below * course.best:
-        raise faults.Overfitted(course.step, score, course.best)
+def overfitted(trainer: Trainer, course: Course, score: float | None) -> bool:
+    """Whether a guarded encoder's robust accuracy has collapsed, by more than as few images can tell.
+
+    Not while the radius warms up: robustness at the whole radius says nothing yet.
+    """
+    if not isinstance(trainer, EncoderTrainer) or score is None or course.best is None:
+        return False
+    part, best = trainer.part, course.best
+    warming = course.step < part.radius_warmup * trainer.total
+    if part.guard is None or trainer.hardened or not part.attack.eps or warming:
+        return False
+    return score < part.guard.below * best and best - score > SURE * math.sqrt(best * (1 - best) / SIZE)
 
 
 def ends_epoch(run: Fit, done: int) -> bool:
@@ -185,8 +195,9 @@ def check(trainer: Trainer, run: Fit, course: Course, meter: Meter) -> float | N
                 measured = run.validate(done)
                 epoch = round(done * run.part.batch / run.source.n, 2)
                 passed = {"step": done, "epoch": epoch, "seconds": round(meter.seconds, 3)}
-                run.log.emit("epoch", stage=trainer.name, **passed, metrics=meter.epoch() | measured)
                 score = next((measured[name] for name in SCORES if name in measured), None)
+                collapsed = {"overfitted": True} if overfitted(trainer, course, score) else {}
+                run.log.emit("epoch", stage=trainer.name, **passed, metrics=meter.epoch() | measured, **collapsed)
             return run.engine.told(score)
 
 

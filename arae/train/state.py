@@ -7,6 +7,7 @@ is authoritative. A state holds tensors, numbers and text, and is read back with
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,10 +44,13 @@ def save_state(
     """
     # Not its parents: where the run's folder is gone, so is the disk it was on, and another must not take its place.
     folder.mkdir(exist_ok=True)
-    name = f"{stage}-{step:08d}.pt"
+    listed = list_states(folder)
+    # Not over a file that is listed: a kill before the new list would leave it damaged.
+    names = (f"{stage}-{step:08d}{'-' * bool(i)}{i or ''}.pt" for i in itertools.count())
+    name = next(name for name in names if name not in {s.file for s in listed})
     written = write_with(folder / name, lambda file: torch.save(payload, cast(IO[bytes], file)))
     saved = Saved(name, written.sha256, written.bytes, stage, step, digest, payload.get("precision"), score)
-    kept = retained([*(s for s in list_states(folder) if s.file != name and s.stage == stage), saved], keep)
+    kept = retained([*(s for s in listed if (s.stage, s.step) != (stage, step) and s.stage == stage), saved], keep)
     write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in kept]}, indent=1))
     files = {s.file for s in kept}
     for path in folder.glob("*.pt*"):

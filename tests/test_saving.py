@@ -134,6 +134,31 @@ def test_only_what_is_listed_stays_on_disk(tmp_path: Path) -> None:
     assert {p.name for p in (tmp_path / "state").iterdir()} == listed | {"manifest.json"}
 
 
+def test_a_state_of_a_step_that_has_one_does_not_touch_it_before_it_is_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill between the file and the list leaves what is listed whole."""
+
+    def save(value: float) -> None:
+        save_state(tmp_path, state_of(value), stage="encoder", step=6, digest="d", keep=2)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    save(1.0)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # noqa: PT012 -- the patch is the kill
+        patch.setattr("arae.train.state.write_text", killed)
+        save(2.0)
+    for value in (1.0, 3.0):
+        if value == 3.0:
+            save(value)
+        found = newest_state(tmp_path, "encoder", pytest.fail)
+        assert found is not None
+        assert found[1]["trainer"]["weight"][0] == value
+        assert len(list_states(tmp_path)) == 1
+    assert len(list(tmp_path.glob("*.pt*"))) == 1
+
+
 def test_a_manifest_of_before_there_were_scores_is_read(tmp_path: Path) -> None:
     save_state(tmp_path, state_of(1.0), stage="encoder", step=1, digest="d", keep=2)
     document = json.loads((tmp_path / "manifest.json").read_text())

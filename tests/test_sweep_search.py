@@ -417,6 +417,8 @@ SAME, OTHER = True, False
         ("name", "another", SAME, SAME),
         ("scale", "small", SAME, SAME),
         ("encoder.attack.steps", 3, OTHER, OTHER),
+        ("encoder.guard", {"steps": 50}, OTHER, OTHER),
+        ("encoder.phases", [{"until": 0.5, "steps": 1}], OTHER, OTHER),
     ],
 )
 def test_a_stage_is_named_by_what_it_depends_on(
@@ -428,8 +430,16 @@ def test_a_stage_is_named_by_what_it_depends_on(
 
 def test_without_a_radius_nothing_else_of_the_attack_matters(recipe: Recipe) -> None:
     clean = recipe.replace({"encoder.attack.eps": 0})
-    other = clean.replace({"encoder.attack.steps": 3, "encoder.attack.norm": "linf"})
+    other = clean.replace({"encoder.attack.steps": 1, "encoder.attack.norm": "linf", "encoder.noise": 2.0})
+    other = other.replace({"encoder.guard": {"steps": 9}, "encoder.phases": [{"until": 0.5}]})
     assert [stage.key for stage in stages_of(clean)] == [stage.key for stage in stages_of(other)]
+    smaller = clean.replace({"encoder.phases": [{"until": 0.5, "scale": 0.5}]})
+    assert stages_of(smaller)[0].key != stages_of(clean)[0].key
+
+
+def test_a_guard_makes_the_held_out_looks_part_of_the_encoder(recipe: Recipe) -> None:
+    guarded = recipe.replace({"encoder.guard": {"steps": 50}})
+    assert stages_of(guarded)[0].key != stages_of(guarded.replace({"evaluate.looks": 3}))[0].key
 
 
 @pytest.mark.parametrize("key", ["encoder.weights", "decoder.comparator"])

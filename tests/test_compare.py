@@ -330,14 +330,14 @@ def test_every_shipped_result_is_like_itself(path: Path) -> None:
 def test_a_machine_that_is_faster_at_one_variant(benchmark: Write) -> None:
     """Three times as long in one variant: its time, and the two ratios that it is in, and none else."""
     hardware = {"device": "another", "cores": 64, "torch_threads": 1}
-    a, b = benchmark("a"), benchmark("b", factors={"PGD-7 fp32": 3}, hardware=hardware)
+    a, b = benchmark("a"), benchmark("b", factors={"arae fp32": 3}, hardware=hardware)
     found = check_mirror(a, b)
     assert {pair.what for pair in found.differing} == {
-        "time: PGD-7 fp32",
-        "ratio: PGD-7 over standard, fp32",
-        "ratio: PGD-7 fp32 over bf16",
+        "time: arae fp32",
+        "ratio: network itself over its copy, fp32",
+        "ratio: arae fp32 over bf16",
     }
-    (ratio,) = [pair for pair in found.pairs if pair.what == "ratio: PGD-7 fp32 over bf16"]
+    (ratio,) = [pair for pair in found.pairs if pair.what == "ratio: arae fp32 over bf16"]
     assert ratio.a.value is not None
     assert ratio.b.value == pytest.approx(3 * ratio.a.value)
     assert ratio.b.interval == pytest.approx([3 * end for end in ratio.a.interval or ()])
@@ -345,17 +345,18 @@ def test_a_machine_that_is_faster_at_one_variant(benchmark: Write) -> None:
     assert "A: device AMD EPYC" in words
     assert "B: device another, cores 64" in words
     assert "ranges over the rounds do not overlap" in words
-    assert "time: PGD-7 fp32 is 4.592 ms an image higher in B" in words
+    (time,) = [pair for pair in found.pairs if pair.what == "time: arae fp32"]
+    assert f"time: arae fp32 is {2 * (time.a.value or 0):.3f} ms an image higher in B" in words
     assert "A is better" in words
 
 
 def test_what_benchmarks_have_not_in_common_is_said(benchmark: Write) -> None:
-    seconds = {"standard fp32": [1.0, 2.0], "other": [1.0]}
+    seconds = {"clean bf16": [1.0, 2.0], "other": [1.0]}
     only = benchmark("b", seconds=seconds, images=32, clock="CUDA events", about="Else.", name="encoder-small-cuda")
     found = check_mirror(benchmark("a"), only)
-    assert [pair.what for pair in found.pairs] == ["time: standard fp32"]
+    assert [pair.what for pair in found.pairs] == ["time: clean bf16"]
     assert "time: other" in found.only_b
-    assert "ratio: PGD-7 over standard, fp32" in found.only_a
+    assert "ratio: PGD-7 over clean, bf16" in found.only_a
     assert any("measure other things" in note for note in found.notes)
     assert any("CPU seconds for 64 images, B's CUDA events for 32" in note for note in found.notes)
 

@@ -1,8 +1,7 @@
 """Other people's code that a benchmark is paired with. None of it is part of arae, and what is not there is left out.
 
 `make bench` puts the packages of `peers.txt` into `.peers/`, each without its dependencies, for they would pull in
-much that is neither run nor measured here. The authors' own training code has no licence: it is neither part of this
-project nor fetched by it. Who has a clone of it names that in ARAE_AUTHORS_CODE.
+much that is neither run nor measured here.
 """
 
 from __future__ import annotations

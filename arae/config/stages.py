@@ -208,7 +208,9 @@ class Encoder(Stage):
     def _guard_is_stronger(self) -> Self:
         most = max(span.attack.steps for span in self.spans())
         if self.guard and self.attack.eps and self.guard.steps <= most:
-            raise ValueError(f"guard.steps = {self.guard.steps} must be more than the attack has before it, {most}")
+            raise ValueError(
+                f"guard.steps = {self.guard.steps} must be more than the attack has before it, {most}: raise it"
+            )
         return self
 
     @model_validator(mode="after")

@@ -42,6 +42,7 @@ class EncoderTrainer:
         self.quick = AttackNetwork(model) if self.part.quick_attack and self.part.attack.eps else None
         self.learner = engine.learner(model, self._optimizer)
         self.buffers = StepBuffers(self.model)
+        self.spans = self.part.spans()
         self.hardened = False
         """Whether the guard has found catastrophic overfitting."""
         with self.learner.whole():
@@ -113,7 +114,7 @@ class EncoderTrainer:
 
     def _span(self, step: int) -> Span:
         """The part of the stage that a step belongs to."""
-        span = next(span for span in self.part.spans() if step < span.until * self.total)
+        span = next(span for span in self.spans if step < span.until * self.total)
         if not self.hardened or self.part.guard is None:
             return span
         harder = {"steps": self.part.guard.steps, "step_size": None}

@@ -51,7 +51,7 @@ def save_state(
     written = write_with(folder / name, lambda file: torch.save(payload, cast(IO[bytes], file)))
     saved = Saved(name, written.sha256, written.bytes, stage, step, digest, payload.get("precision"), score)
     kept = retained([*(s for s in listed if (s.stage, s.step) != (stage, step) and s.stage == stage), saved], keep)
-    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in kept]}, indent=1))
+    _write_list(folder, kept)
     files = {s.file for s in kept}
     for path in folder.glob("*.pt*"):
         if path.name not in files:
@@ -121,9 +121,13 @@ def drop_states_after(folder: Path, stage: str, step: int) -> None:
     """Remove the states of a stage that are of later steps."""
     states = list_states(folder)
     kept = [s for s in states if s.stage != stage or s.step <= step]
-    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in kept]}, indent=1))
+    _write_list(folder, kept)
     for gone in set(states) - set(kept):
         (folder / gone.file).unlink(missing_ok=True)
+
+
+def _write_list(folder: Path, states: Sequence[Saved]) -> None:
+    write_text(folder / "manifest.json", json.dumps({"states": [asdict(s) for s in states]}, indent=1))
 
 
 def drop_states(folder: Path) -> None:

@@ -69,8 +69,13 @@ class Run:
         return []
 
     def at_step(self, step: int) -> bool:
-        """Whether the log has told this step of the encoder."""
-        return any(e["step"] >= step for e in self.told("interval"))
+        """Whether the log has told this step of the encoder, and that the last state before it is safe.
+
+        A state is written while training goes on: at its step it is not on disk yet.
+        """
+        due = step - step % EVERY
+        safe = due == 0 or any(e["step"] >= due for e in self.told("state"))
+        return safe and any(e["step"] >= step for e in self.told("interval"))
 
     def workers(self) -> list[int]:
         """Process ids of the workers at work on this run, in order."""

@@ -106,7 +106,8 @@ class Networks:
     def encoder_step(self, attack: Attack) -> int:
         """FLOPs an image of adversarial training: the attack, then one descent; the mean over the stage's phases.
 
-        TRADES and MART descend on the clean image too; TRADES's attack first looks at the clean one.
+        TRADES and MART descend on the clean image too; TRADES's attack first looks at the clean one. Replays are so
+        many descents and no attack; of samples that leave PGD early nothing is known before.
         """
         part = self.recipe.encoder.model_copy(update={"attack": attack})
         kind = part.objective.kind if attack.eps else "at"
@@ -115,6 +116,8 @@ class Networks:
         begun = flops = 0.0
         for span in part.spans():
             step = attack_flops(self.classify, span.attack) + look + views * self.classify.to_weights
+            if part.replays > 1 and attack.eps:
+                step = part.replays * self.classify.to_weights
             flops += (span.until - begun) * span.scale**2 * step
             begun = span.until
         return round(flops)

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import resize
 from training import tiny_recipe, weights
 
 from arae.attacks import Threat
-from arae.attacks.gradient import perturb_unprojected
+from arae.attacks.gradient import perturb_unprojected, perturb_until_misclassified
 from arae.check import check
 from arae.config import Attack, Recipe
 from arae.errors import InputError
@@ -108,6 +108,138 @@ def test_training_with_noise_sees_such_images(tiny_npz: Path) -> None:
     assert not all(torch.equal(noisy[key], plain[key]) for key in noisy)
 
 
+# --- free adversarial training --------------------------------------------------------------------------------
+
+
+def cross_entropy_gradients(
+    images: np.ndarray, y: np.ndarray, weight: np.ndarray, bias: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of a linear classifier's losses: in each image, and of their mean in weight and bias."""
+    z = images @ weight.T + bias
+    p = np.exp(z - z.max(1, keepdims=True))
+    error = p / p.sum(1, keepdims=True) - np.eye(len(bias))[y]
+    return error @ weight, error.T @ images / len(y), error.mean(0)
+
+
+def unit(gradient: np.ndarray, norm: str) -> np.ndarray:
+    length = np.linalg.norm(gradient, axis=1, keepdims=True)
+    return np.sign(gradient) if norm == "linf" else gradient / length
+
+
+def inside(delta: np.ndarray, norm: str, eps: float) -> np.ndarray:
+    length = np.linalg.norm(delta, axis=1, keepdims=True)
+    return delta.clip(-eps, eps) if norm == "linf" else delta * np.minimum(1, eps / length)
+
+
+@pytest.mark.parametrize("norm", ["l2", "linf"])
+@pytest.mark.parametrize("size", [None, 0.07])
+@pytest.mark.parametrize("workers_micro", [8, 4])
+def test_replays_are_algorithm_1(
+    tiny_npz: Path, monkeypatch: pytest.MonkeyPatch, norm: str, size: float | None, workers_micro: int
+) -> None:
+    """In NumPy, for a linear classifier trained by plain gradient descent, in one micro-batch or two."""
+    monkeypatch.setattr("arae.train.encoder.AttackNetwork", lambda model: None)
+    eps, replays, rate = 0.1, 3, 0.5
+    attack = {"norm": norm, "eps": eps, "steps": 1, "step_size": size}
+    settings = {"attack": attack, "replays": replays, "lr": rate, "momentum": 0.0, "weight_decay": 0.0, "batch": 8}
+    settings |= {"micro_batch": workers_micro, "label_smoothing": 0.0, "schedule": {"kind": "constant"}}
+    recipe = encoder_recipe(tiny_npz, precision="fp64", **{f"encoder__{k}": v for k, v in settings.items()})
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(768, 3)).double()
+    weight, bias = (p.detach().numpy().copy() for p in model.parameters())
+    trainer = EncoderTrainer(recipe, model, Engine(CPU, "fp64"), STEPS)  # type: ignore[arg-type] -- any network
+    whole = batch()
+    pieces = zip(whole.images.double().split(workers_micro), whole.labels.split(workers_micro), strict=True)
+    seen = trainer.step(0, [Micro(x, y, i, 8 // workers_micro) for i, (x, y) in enumerate(pieces)])
+
+    x, y = whole.images.double().numpy().reshape(8, -1), whole.labels.numpy()
+    images, losses = x, []
+    for _ in range(replays):
+        z = images @ weight.T + bias
+        losses.append(np.mean(np.log(np.exp(z).sum(1)) - z[np.arange(8), y]))
+        in_images, in_weight, in_bias = cross_entropy_gradients(images, y, weight, bias)
+        images = (x + inside(images - x + (eps if size is None else size) * unit(in_images, norm), norm, eps)).clip(
+            0, 1
+        )
+        weight, bias = weight - rate * in_weight, bias - rate * in_bias
+    for found, wanted in zip(model.parameters(), (weight, bias), strict=True):
+        np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=1e-9, atol=1e-12)
+    assert seen["loss"].item() == pytest.approx(np.mean(losses))
+
+
+def test_a_replayed_run_ends_the_same_after_a_kill(tiny_npz: Path, tmp_path: Path) -> None:
+    attack = {"norm": "l2", "eps": 0.5, "steps": 1, "random_start": True}
+    recipe = encoder_recipe(tiny_npz, encoder__attack=attack, encoder__replays=3, state__every=5)
+    whole, folder = begun(recipe, tmp_path / "whole"), begun(recipe, tmp_path / "run")
+    train(recipe, whole, CPU)
+    real = EncoderTrainer.step
+
+    def step(self: EncoderTrainer, number: int, micros: Any) -> dict[str, Tensor]:
+        if number == 8:
+            raise KeyboardInterrupt
+        return real(self, number, micros)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncoderTrainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder, CPU)
+    train(recipe, folder, CPU)
+    assert weights(folder) == weights(whole)
+    plain = recipe.replace({"encoder.replays": 1, "name": "plain"})
+    other = begun(plain, tmp_path / "plain")
+    train(plain, other, CPU)
+    assert weights(other) != weights(whole)
+
+
+# --- samples that leave the attack early ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attack", [L2, LINF])
+@pytest.mark.parametrize("more", [0, 1, 2, 9])
+def test_a_misclassified_sample_leaves_after_so_many_steps_more(attack: Attack, more: int) -> None:
+    """In NumPy, each sample alone, for a linear model; some are misclassified at once, some never."""
+    attack = attack.model_copy(update={"steps": 6, "step_size": attack.eps / 5})
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(48, 3)).double()
+    x = torch.rand(40, 3, 4, 4, dtype=torch.float64)
+    y = torch.where(torch.rand(40) < 0.8, model(x).argmax(1), torch.arange(40) % 3)
+    asked: list[int] = []
+
+    def counting(images: Tensor) -> Tensor:
+        asked.append(len(images))
+        return model(images)
+
+    found = perturb_until_misclassified(counting, x, y, attack, more).numpy().reshape(40, -1)
+    weight, bias = (p.detach().numpy() for p in model.parameters())
+    assert attack.norm is not None
+    steps = []
+    for i in range(40):
+        begin = image = x[i].numpy().reshape(1, -1)
+        left, done = more, 0
+        for _ in range(6):
+            if (image @ weight.T + bias).argmax() != y[i]:
+                if left == 0:
+                    break
+                left -= 1
+            gradient = cross_entropy_gradients(image, y[i : i + 1].numpy(), weight, bias)[0]
+            moved = image - begin + attack.eps / 5 * unit(gradient, attack.norm)
+            image = (begin + inside(moved, attack.norm, attack.eps)).clip(0, 1)
+            done += 1
+        np.testing.assert_allclose(found[i : i + 1], image, rtol=1e-6, atol=1e-9)
+        steps.append(done)
+    assert asked[0] == 40
+    assert sum(asked) == sum(min(6, done + 1) for done in steps)  # and one look more, at which it is seen to be done
+    assert len(set(steps)) > 1 or more == 9
+
+
+def test_with_steps_enough_for_all_it_is_plain_pgd(tiny_npz: Path) -> None:
+    recipe = encoder_recipe(tiny_npz, encoder__attack={"norm": "l2", "eps": 0.5, "steps": 3})
+    plain, never, early = (after(recipe.replace({"encoder.early_stop": k}), 3) for k in (None, 3, 0))
+    for key, value in plain.items():
+        torch.testing.assert_close(value, never[key])
+    assert not all(torch.equal(early[key], plain[key]) for key in early)
+
+
 # --- phases -------------------------------------------------------------------------------------------------------
 
 
@@ -162,6 +294,12 @@ PHASE = {"until": 0.5, "steps": 1}
         ({"noise": 2.0, "attack": {"norm": "l2", "eps": 1, "steps": 1}, "phases": [PHASE]}, "the phases' steps out"),
         ({"noise": 2.0, "attack": {"norm": "linf", "eps": 0.6, "steps": 1}}, "noise · attack.eps = 1.2"),
         ({"noise": 2.0, "attack": {"norm": "l2", "eps": 1, "steps": 1}, "objective": {"kind": "mart"}}, "not mart"),
+        ({"replays": 4}, "replays = 4 are attacks of one step each"),
+        ({"replays": 0}, "replays"),
+        ({"replays": 4, "noise": 2.0, "attack": {"norm": "l2", "eps": 1, "steps": 1}}, "leave restarts, noise"),
+        ({"early_stop": -1}, "early_stop"),
+        ({"early_stop": 1, "attack": {"norm": "l2", "eps": 1, "steps": 3, "restarts": 2}}, "PGD that runs once"),
+        ({"early_stop": 1, "objective": {"kind": "trades"}}, "early_stop = 1 is for PGD"),
         ({"guard": {"below": 1.0}}, "below"),
         ({"guard": {"steps": 2}}, "guard.steps = 2 must be more than the attack has before it, 2"),
     ],

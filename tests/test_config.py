@@ -353,7 +353,7 @@ OTHER: dict[str, Any] = {
     "encoder.objective.kind": "trades", "encoder.objective.beta": 3.0, "encoder.objective.burn_in": 0.25,
     "encoder.objective.shift": 0.0, "encoder.radius_warmup": 0.5, "encoder.quick_attack": False,
     "encoder.phases": [{"until": 0.5, "scale": 0.5}], "encoder.guard.steps": 9, "encoder.guard.below": 0.25,
-    "encoder.noise": 2.0,
+    "encoder.noise": 2.0, "encoder.replays": 4, "encoder.early_stop": 1,
     "decoder.epochs": 3, "decoder.batch": 64, "decoder.micro_batch": 16, "decoder.lr": 0.2,
     "decoder.schedule.kind": "cosine", "decoder.schedule.warmup": 0.1, "decoder.schedule.every": 0.5,
     "decoder.schedule.gamma": 0.2, "decoder.name": "other", "decoder.losses.pixel": 2.0,
@@ -381,7 +381,7 @@ def before_and_after(key: str) -> tuple[Recipe, Recipe]:
     before = Recipe.model_validate(WHOLE)
     if key == "decoder.losses.preset":  # it stands beside no other weights
         before = before.replace({"decoder.losses": {}})
-    if key == "encoder.noise" or key.startswith("encoder.guard"):  # which are for single steps
+    if key in ("encoder.noise", "encoder.replays") or key.startswith("encoder.guard"):  # which are for single steps
         before = before.replace({"encoder.attack.steps": 1})
     if key == "engine.offload":  # DDP has nothing to offload
         before = before.replace({"engine.kind": "deepspeed"})
@@ -396,7 +396,7 @@ def test_every_key_has_another_value() -> None:
 def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     """A recipe without them has the digest it had before there were such keys: they are no part of the document."""
     document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
-    later = {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard"}
+    later = {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard", "replays", "early_stop"}
     assert not later & set(document["encoder"])
     assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]

@@ -432,6 +432,10 @@ def test_without_a_radius_nothing_else_of_the_attack_matters(recipe: Recipe) -> 
     clean = recipe.replace({"encoder.attack.eps": 0})
     other = clean.replace({"encoder.attack.steps": 1, "encoder.attack.norm": "linf", "encoder.noise": 2.0})
     other = other.replace({"encoder.guard": {"steps": 9}, "encoder.phases": [{"until": 0.5}]})
+    for key, one in (("encoder.replays", 4), ("encoder.early_stop", 1)):
+        assert [stage.key for stage in stages_of(clean)] == [
+            stage.key for stage in stages_of(clean.replace({key: one}))
+        ]
     assert [stage.key for stage in stages_of(clean)] == [stage.key for stage in stages_of(other)]
     smaller = clean.replace({"encoder.phases": [{"until": 0.5, "scale": 0.5}]})
     assert stages_of(smaller)[0].key != stages_of(clean)[0].key

@@ -108,7 +108,8 @@ def stages_of(recipe: Recipe) -> tuple[Stage, ...]:
     if not recipe.encoder.attack.eps:  # then nothing else of the attack matters
         alone |= {"encoder.attack": {"eps": 0.0}, "encoder.radius_warmup": 0.0, "encoder.quick_attack": True}
         smaller = [phase.model_copy(update={"steps": None}) for phase in recipe.encoder.phases if phase.scale < 1]
-        alone |= {"encoder.noise": 0.0, "encoder.guard": None, "encoder.phases": [p.model_dump() for p in smaller]}
+        alone |= {"encoder.noise": 0.0, "encoder.replays": 1, "encoder.early_stop": None, "encoder.guard": None}
+        alone["encoder.phases"] = [p.model_dump() for p in smaller]
     bare = recipe.replace({**alone, "encoder.layer": None, "decoder": None})
     encoder = _key(bare, "encoder")
     attack = recipe.encoder.attack

@@ -89,6 +89,38 @@ def perturb_unprojected(
     return (start + size * threat.steepest(direction)).clamp(0, 1)
 
 
+def perturb_until_misclassified(
+    model: Model, x: Tensor, y: Tensor, attack: Attack, more: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """PGD that each sample leaves early, for training: friendly adversarial training (Zhang et al. 2020, Algorithm 1).
+
+    A sample that is misclassified takes `more` further steps (their tau) and stops; the network is asked about the
+    others alone. As `perturb`, with one run.
+    """
+    if attack.norm is None or attack.eps == 0:
+        return x
+    threat = Threat(attack.norm, attack.eps)
+    size = 2.5 * attack.eps / attack.steps if attack.step_size is None else attack.step_size
+    x = x.detach()
+    images = (x + threat.sample(x, generator)).clamp(0, 1) if attack.random_start else x.clone()
+    rows, left = torch.arange(len(x), device=x.device), torch.full_like(y, more)
+    with evaluation_mode(model):
+        for _ in range(attack.steps):
+            labels = y[rows]
+            logits, _, direction = ascent(
+                model, images[rows], lambda z, labels=labels: F.cross_entropy(z, labels, reduction="none")
+            )
+            wrong = logits.argmax(1) != labels
+            going = ~wrong | (left[rows] > 0)
+            left[rows] -= wrong.long()
+            rows, direction = rows[going], direction[going]
+            if len(rows) == 0:
+                break
+            step = size * threat.steepest(direction)
+            images[rows] = (x[rows] + threat.project(images[rows] - x[rows] + step)).clamp(0, 1)
+    return images
+
+
 def ascent(model: Model, images: Tensor, criterion: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits [N, K] and losses [N] of the images [N, ...], and the direction [N, ...] in which each loss rises most.
 

@@ -156,6 +156,7 @@ class Encoder(Stage):
     """The classifier whose features are inverted, and its adversarial training (Madry et al.; SGD with momentum)."""
 
     later = Stage.later | {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard"}
+    later |= {"replays", "early_stop"}
 
     name: str
     """A network of `arae ls encoders`, or `torchvision/NAME` for any of torchvision's classifiers."""
@@ -174,6 +175,13 @@ class Encoder(Stage):
     noise: Annotated[float, Field(ge=0)] = 0.0
     """N-FGSM (de Jorge et al. 2022, Algorithm 1; theirs: 2): noise of so many radii before a single step of the radius
     (or of step_size), and no projection after it."""
+    replays: Count = 1
+    """Free adversarial training (Shafahi et al. 2019, Algorithm 1; theirs: 4 to 8): each batch is learnt from so many
+    times in a row, and each time the images' gradient, which comes along, moves the perturbation on by a radius (or by
+    step_size). The rate follows the batches, so with m replays a stage wants 1 / m of its steps."""
+    early_stop: Annotated[int, Field(ge=0)] | None = None
+    """Friendly adversarial training (Zhang et al. 2020, Algorithm 1): a sample is attacked until it is misclassified,
+    and for so many steps more (their tau). On a GPU each step waits for the device to tell who is left."""
     phases: tuple[Phase, ...] = ()
     """Cheaper first phases, in order: fewer steps of the attack, smaller images."""
     guard: Guard | None = None
@@ -226,6 +234,31 @@ class Encoder(Stage):
                 "restarts and the phases' steps out"
             )
         check_radius(attack.norm, self.noise * attack.eps, "noise · attack.eps")
+        return self
+
+    @model_validator(mode="after")
+    def _replays_by_one_step(self) -> Self:
+        attack = self.attack
+        if self.replays == 1 or not attack.eps:
+            return self
+        stepping = attack.steps != 1 or attack.restarts != 1 or any(p.steps for p in self.phases)
+        if stepping or self.noise or self.objective.kind != "at":
+            raise ValueError(
+                f"replays = {self.replays} are attacks of one step each, with objective.kind = at: set attack.steps to "
+                "1, and leave restarts, noise and the phases' steps out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _stops_early_once(self) -> Self:
+        attack = self.attack
+        if self.early_stop is None or not attack.eps:
+            return self
+        if attack.restarts != 1 or self.noise or self.replays != 1 or self.objective.kind != "at":
+            raise ValueError(
+                f"early_stop = {self.early_stop} is for PGD that runs once, with objective.kind = at: leave "
+                "attack.restarts, noise and replays out"
+            )
         return self
 
     def spans(self) -> tuple[Span, ...]:

@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from arae.attacks.gradient import perturb, perturb_unprojected
+from arae.attacks.gradient import perturb, perturb_unprojected, perturb_until_misclassified
 from arae.attacks.network import AttackNetwork
+from arae.attacks.threat import Threat
 from arae.config import Attack, Recipe, Span
 from arae.models.encoder import Encoder
 from arae.seeds import mix
@@ -54,6 +55,8 @@ class EncoderTrainer:
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""
         self.model.train()
+        if self.part.replays > 1 and self.part.attack.eps and not self.hardened:
+            return self._replay(step, micros)
         self.learner.start(self.part.lr * factor(self.part.schedule, step, self.total))
         self.buffers.begin()
         share = micros[0].of / self.engine.size
@@ -65,6 +68,53 @@ class EncoderTrainer:
             with self.learner.whole():
                 self.average.update()
         return {key: torch.stack([one[key] for one in seen]).sum() / share for key in seen[0]}
+
+    def _replay(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
+        """Free adversarial training (Shafahi et al. 2019, Algorithm 1): several updates on the same batch.
+
+        One backward pass gives the gradients of the weights and those of the images, which move the perturbations of
+        the next update. Each batch begins with perturbations of its own (theirs are those that the batch before left),
+        so that a step depends on nothing but its address. Returns the mean over the updates.
+        """
+        span = self._span(step)
+        attack = self._radius(step, span.attack)
+        assert attack.norm is not None
+        threat, size = Threat(attack.norm, attack.eps), attack.eps if attack.step_size is None else attack.step_size
+        micros = [resized(micro, span.scale) for micro in micros]
+        share, rate = micros[0].of / self.engine.size, self.part.lr * factor(self.part.schedule, step, self.total)
+        seeds = [mix(self.recipe.seed, "encoder", step, micro.index) for micro in micros]
+        perturbed = [micro.images for micro in micros]
+        if attack.random_start:
+            generators = [torch.Generator(self.engine.device).manual_seed(seed) for seed in seeds]
+            pairs = zip(perturbed, generators, strict=True)
+            perturbed = [(images + threat.sample(images, generator)).clamp(0, 1) for images, generator in pairs]
+        seen = []
+        for replay in range(self.part.replays):
+            self.learner.start(rate)
+            self.buffers.begin()
+            for i, micro in enumerate(micros):
+                last = micro is micros[-1]
+                torch.manual_seed(mix(seeds[i], "replay", replay))  # dropout
+                images = perturbed[i].detach().requires_grad_()
+                with self.learner.accumulating(last=last):
+                    with self.engine.autocast():
+                        logits = self.learner(images)
+                    loss = self._loss(None, logits, micro.labels, None)
+                    self.learner.backward(loss / share, last=last)
+                self.buffers.keep()
+                assert images.grad is not None
+                # A loss that is scaled for fp16 may overflow: that update is left out, and so is this move.
+                direction = threat.steepest(images.grad.nan_to_num(0.0, 0.0, 0.0))
+                moved = threat.project(images.detach() - micro.images + size * direction)
+                perturbed[i] = (micro.images + moved).clamp(0, 1)
+                hits = (logits.detach().argmax(1) == micro.labels).float().mean()
+                seen.append({"loss": loss.detach(), "train_accuracy": hits})
+            self.learner.update()
+            self.buffers.end(self.engine, share)
+        if self.part.ema:
+            with self.learner.whole():
+                self.average.update()
+        return {key: torch.stack([one[key] for one in seen]).mean() * len(micros) / share for key in seen[0]}
 
     def _attacked(self) -> Encoder | AttackNetwork:
         """The network that a step's attacks see: a copy as of now, made for them, or the network itself."""
@@ -101,6 +151,8 @@ class EncoderTrainer:
         part, x, y = self._radius(step, span.attack), micro.images, micro.labels
         if self.part.noise and not self.hardened:
             return perturb_unprojected(network, x, y, part, self.part.noise, generator), None
+        if self.part.early_stop is not None and not self.hardened:
+            return perturb_until_misclassified(network, x, y, part, self.part.early_stop, generator), None
         if self.kind == "trades":
             return objectives.perturb_divergence(network, x, part, generator), None
         if self.kind == "gairat" and step >= self.part.objective.burn_in * self.total:

@@ -41,6 +41,7 @@ lint: setup  ## ruff and pyright, as the commit hooks run them
 
 bench: setup  ## the benchmarks
 	@cmp -s benchmarks/peers.txt .peers/peers.txt || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers -r benchmarks/peers.txt && cp benchmarks/peers.txt .peers || true
+	@test -d .peers/adv_robust_autoencoder || git clone -q --depth 1 https://github.com/renanrojasg/adv_robust_autoencoder .peers/adv_robust_autoencoder || true
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 picture: setup  ## the README's pictures and table, from the demo's run

@@ -216,7 +216,8 @@ def attack_flops(classify: Passes, attack: Attack, classes: int = 10) -> int:
     """FLOPs an image of an attack: a step is a forward and an input gradient.
 
     PGD judges each of several restarts once; APGD looks at its start too, and its targeted form runs once for each of
-    at most nine classes; AutoAttack is 100 steps of APGD, as many for each target of two attacks, and 5000 forwards.
+    at most nine classes; the cascade is both, for a sample that withstands them; AutoAttack is 100 steps of APGD, as
+    many for each target of two attacks, and 5000 forwards.
     """
     if attack.eps == 0:
         return 0
@@ -224,7 +225,7 @@ def attack_flops(classify: Passes, attack: Attack, classes: int = 10) -> int:
     if attack.kind == "autoattack":
         return (101 + 201 * targets) * classify.to_input + 5000 * classify.forward
     if attack.kind != "pgd":
-        runs = attack.restarts * (targets if attack.kind == "apgd-t" else 1)
+        runs = attack.restarts * {"apgd-t": targets, "cascade": 1 + targets}.get(attack.kind, 1)
         return runs * (attack.steps + 1) * classify.to_input
     judged = attack.restarts * classify.forward if attack.restarts > 1 else 0
     return attack.restarts * attack.steps * classify.to_input + judged

@@ -37,7 +37,7 @@ class Threat(BaseModel):
     norm: Literal["l2", "linf"]
     eps: FiniteFloat
     attack: str = "pgd"
-    """The kind, as recipes write it: `pgd`, `apgd-ce`, `apgd-dlr`, `apgd-t`, `autoattack`."""
+    """The kind, as recipes write it: `pgd`, `apgd-ce`, `apgd-dlr`, `apgd-t`, `cascade`, `autoattack`."""
     steps: int
     step_size: FiniteFloat
     """Of PGD, every step's; of the others, the first step's, which they halve on their way."""

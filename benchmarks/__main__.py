@@ -11,7 +11,7 @@ import torch
 from arae.errors import AraeError
 from arae.files import write_text
 from arae.train.engine import default_device
-from benchmarks.decoder import decoder
+from benchmarks.decoder import decoder, decoder_conv5
 from benchmarks.encoding import encoding
 from benchmarks.harness import README, Result, read, section, with_tables, write
 from benchmarks.loading import loading
@@ -24,6 +24,7 @@ BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
     "pgd-alexnet": pgd_alexnet,
     "pgd-resnet18": pgd_resnet18,
     "encoder-small": encoder_small,
+    "decoder-conv5": decoder_conv5,
     "decoder": decoder,
     "loading": loading,
     "encoding": encoding,

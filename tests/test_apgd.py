@@ -291,6 +291,26 @@ def test_attack_is_what_the_recipe_says(kind, loss):
         attack(model, x, y, recipe.model_copy(update={"step_size": 0.1}))
 
 
+@pytest.mark.parametrize("classes", [2, 3, 10])
+def test_the_cascade_is_both_attacks_on_whom_they_concern(classes):
+    """What the first breaks is its work; the second sees only what is left, and nobody who was wrong already."""
+    model, x, y = right(128, classes=classes)
+    y = y.clone()
+    y[:5] = (y[:5] + 1) % classes  # wrong from the start
+    threat, recipe = Threat("l2", 0.4), Attack(kind="cascade", norm="l2", eps=0.4, steps=20)
+    found = attack(model, x, y, recipe, seeded())
+    assert torch.equal(found[:5], x[:5])
+    generator = seeded()
+    first = apgd(model, x[5:], y[5:], threat, 20, "ce", generator=generator)
+    broken = model(first).argmax(1) != y[5:]
+    assert torch.equal(found[5:][broken], first[broken])
+    then = apgd(model, x[5:][~broken], y[5:][~broken], threat, 20, "dlr-targeted", generator=generator)
+    assert torch.equal(found[5:][~broken], then)
+    assert 10 < broken.sum() < 120
+    assert threat.length(found - x).max() <= 0.4 * (1 + 1e-5)
+    assert torch.equal(attack(model, x[:5], y[:5], recipe, seeded()), x[:5])
+
+
 def test_attack_by_pgd_and_by_no_single_attack():
     model, x, y = right()
     recipe = Attack(norm="linf", eps=0.02, steps=4, step_size=0.01, random_start=True, restarts=3)

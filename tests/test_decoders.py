@@ -1,5 +1,6 @@
 """Decoders by the paper's tables: counts, every intermediate shape, initialisation and spectral norm."""
 
+import copy
 from unittest import mock
 
 import pytest
@@ -8,9 +9,9 @@ from torch import nn
 
 from arae.errors import InputError
 from arae.models import create_decoder, mirror
-from arae.models.blocks import normalise_spectrum
 from arae.models.decoder import DECODERS
 from arae.models.generators import LAYOUTS
+from arae.models.spectral import normalise_spectrum
 
 
 def count(model: nn.Module) -> int:
@@ -214,6 +215,33 @@ def test_spectral_norm_equals_the_svd_and_pytorchs_two(make):
     exact = weight / torch.linalg.svdvals(matrix(ours, weight))[0]
     for layer in (ours, older, newer):
         torch.testing.assert_close(layer.weight.detach(), exact, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: nn.Conv2d(6, 5, 3), lambda: nn.ConvTranspose2d(6, 5, 4), lambda: nn.Linear(7, 9),
+])  # fmt: skip
+@pytest.mark.parametrize("low", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_spectral_norm_has_the_gradients_that_autograd_finds(make, low: bool, training: bool):
+    """PyTorch's own, in float64, and under autocast, where the division is followed by a cast."""
+    torch.manual_seed(0)
+    ours = make() if low else make().double()
+    theirs = copy.deepcopy(ours)
+    normalise_spectrum(ours)
+    nn.utils.parametrizations.spectral_norm(theirs)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(4, 7) if isinstance(ours, nn.Linear) else torch.randn(4, 6, 5, 5)
+    found = []
+    for layer in (ours.train(training), theirs.train(training)):
+        for _ in range(2):  # twice before the backward pass: each sees its own u and v
+            with torch.autocast("cpu", enabled=low):
+                made = layer(x if low else x.double())
+            found.append([made])
+        loss = found[-1][0].float().square().mean() + found[-2][0].float().tanh().sum()
+        found.append(torch.autograd.grad(loss, layer.parameters()))
+    for one, other in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(one, tuple(other) if isinstance(one, tuple) else list(other))
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
 def test_names_and_random_weights_are_those_of_saved_models():

@@ -48,6 +48,9 @@ ATTACKS: dict[str, Callable[[nn.Module, Tensor, Tensor, Threat], Tensor]] = {
     "fgsm": fgsm,
     "apgd-ce": lambda model, x, y, threat: apgd(model, x, y, threat, 5, "ce"),
     "apgd-dlr": lambda model, x, y, threat: apgd(model, x, y, threat, 5, "dlr"),
+    "cascade": lambda model, x, y, threat: attack(
+        model, x, y, Attack(kind="cascade", norm=threat.norm, eps=threat.eps, steps=3)
+    ),
     "apgd-t": lambda model, x, y, threat: apgd(model, x, y, threat, 5, "dlr-targeted"),
 }
 

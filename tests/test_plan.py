@@ -59,6 +59,7 @@ def test_flops_of_two_layers_by_hand():
         (Attack(norm="l2", eps=0.0, steps=7), 0),
         (Attack(norm="l2", eps=1.0, steps=7), 7 * 25),
         (Attack(norm="linf", eps=0.1, steps=50, restarts=5), 5 * (50 * 25 + 10)),
+        (Attack(kind="cascade", norm="l2", eps=1.0, steps=20), 10 * 21 * 25),
     ],
 )
 def test_flops_of_an_attack(attack, flops):

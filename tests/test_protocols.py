@@ -24,7 +24,7 @@ from arae.evaluate.upscale import enlarged, upscaled
 from arae.records import Record, Threat, read_records
 
 QUALITY = {"psnr", "ssim"}  # at 16 px, LPIPS left out
-KINDS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack")
+KINDS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "cascade", "autoattack")
 FEW: dict[str, Any] = {"evaluate__n": 5, "evaluate__batch": 3, "evaluate__inversion": {"steps": 3}}
 
 
@@ -100,6 +100,7 @@ def test_old_records_have_no_flags(tiny_npz: Path) -> None:
         (Attack(norm="l2", eps=0.5, steps=5), ("pgd", 5, 0.25, 1, False), "pgd-5 l2 0.5"),
         (Attack(norm="linf", eps=0.1, steps=9, restarts=2, step_size=0.02), ("pgd", 9, 0.02, 2, False), None),
         (Attack(kind="apgd-t", norm="l2", eps=0.5, steps=20), ("apgd-t", 20, 1.0, 1, True), "apgd-t-20 l2 0.5"),
+        (Attack(kind="cascade", norm="l2", eps=0.5), ("cascade", 100, 1.0, 1, True), "cascade-100 l2 0.5"),
         (Attack(kind="autoattack", norm="linf", eps=0.1), ("autoattack", 100, 0.2, 1, True), "autoattack linf 0.1"),
     ],
 )

@@ -152,6 +152,16 @@ def _strided_stem(net: nn.Module, graph: fx.Graph | None) -> Stem | None:
     return stem
 
 
+def quicken(net: nn.Module) -> None:
+    """Give a network whose weights stay as they are, on the device where it is, a quicker gradient in its images.
+
+    Its names and numbers stay the same. For networks whose weights take no gradient: the quick convolution gives none.
+    """
+    stem = _strided_stem(net, _graph(net))
+    if stem is not None:
+        stem.refresh()
+
+
 def _last(tensor: Tensor) -> Tensor:
     """Weights of convolutions with the channels last, also where there is one, for which PyTorch sees no difference."""
     return tensor.clone(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor

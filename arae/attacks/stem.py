@@ -98,4 +98,4 @@ class _Strided(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         (blocks,) = ctx.saved_tensors
-        return input_gradient(gradient, blocks, *ctx.how), None, None, None, None, None
+        return input_gradient(gradient, blocks.to(gradient.dtype), *ctx.how), None, None, None, None, None

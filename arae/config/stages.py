@@ -16,9 +16,10 @@ class Attack(Part):
 
     later = frozenset({"kind"})
 
-    kind: Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack"] = "pgd"
+    kind: Literal["pgd", "apgd-ce", "apgd-dlr", "apgd-t", "cascade", "autoattack"] = "pgd"
     """`apgd-ce`, `apgd-dlr`, `apgd-t` (targeted DLR): Croce & Hein 2020, which choose their own step size and start;
-    `autoattack`: their standard suite, which chooses its own steps and restarts too. For evaluation only."""
+    `cascade`: apgd-ce, then apgd-t on the samples that it left; `autoattack`: their standard suite, which chooses its
+    own steps and restarts too. For evaluation only."""
     norm: Norm | None = None
     """Norm of the perturbation; required where eps > 0."""
     eps: Radius = 0.0
@@ -38,7 +39,7 @@ class Attack(Part):
         """APGD's published 100 steps, in place of PGD's 7, where none are given."""
         if (
             isinstance(document, Mapping)
-            and str(document.get("kind", "")).startswith("apgd")
+            and str(document.get("kind", "")).startswith(("apgd", "cascade"))
             and "steps" not in document
         ):
             return {**document, "steps": 100}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import spectral_norm
 
 from arae.errors import InputError
 from arae.models.registry import Shape
+from arae.models.spectral import normalise_spectrum
 
 Shapes = Sequence[int] | None  # None: as the name of the network fixes it
 
@@ -102,17 +102,6 @@ def finish(layers: nn.Sequential, inp: int, out: int, *, spectral: bool) -> None
             nn.init.normal_(layer.weight, 1.0, 0.02)
         if spectral and isinstance(layer, nn.Conv2d | nn.ConvTranspose2d):
             normalise_spectrum(layer)
-
-
-def normalise_spectrum(layer: nn.Module) -> None:
-    """Divide the layer's weight by its largest singular value from now on (spectral norm; Miyato et al. 2018).
-
-    Call it once the weight is initialised: wrapping runs 15 power iterations on the weight as it is, so the first
-    forward pass already sees a singular value near 1 (from random vectors, as in PyTorch's older `spectral_norm`, it
-    would be far above). Each later pass in training mode adds one iteration; evaluation mode adds none. The matrix has
-    the output channels as its rows, for transposed convolutions too.
-    """
-    spectral_norm(layer, n_power_iterations=1)
 
 
 def show(shape: Sequence[int]) -> str:

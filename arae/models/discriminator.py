@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, cat, nn
 
 from arae.errors import InputError
-from arae.models.blocks import Shapes, normalise_spectrum, show
+from arae.models.blocks import Shapes, show
 from arae.models.generators import LAYOUTS
 from arae.models.registry import Entry, Shape, checked_shape, pick
+from arae.models.spectral import normalise_spectrum
 
 LARGEST = 6  # features a side that the feature branch flattens: those of AlexNet's conv5
 SMALL = 64  # images under this many pixels a side get the small stem

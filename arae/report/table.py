@@ -13,7 +13,7 @@ CLASSIFICATION = "classification"
 RECONSTRUCTION = "reconstruction"
 BASELINES = ("mean-image", "other-features")
 """Protocols whose PSNR says what a decoder has to beat: the mean of the evaluated images; another image's features."""
-_KINDS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "autoattack")
+_KINDS = ("pgd", "apgd-ce", "apgd-dlr", "apgd-t", "cascade", "autoattack")
 _METRICS = ("clean_accuracy", "robust_accuracy", "psnr", "ssim", "lpips")
 _PROTOCOLS = (CLASSIFICATION, RECONSTRUCTION, *BASELINES)
 
@@ -158,7 +158,8 @@ def strength_of(threat: Threat) -> tuple[int, int]:
 def threat_text(threat: Threat) -> str:
     """Such as `PGD-50 × 5 restarts, ℓ₂ ε = 1.5`."""
     restarts = f" × {threat.restarts} restarts" if threat.restarts > 1 else ""
-    name = "AutoAttack" if threat.attack == "autoattack" else f"{threat.attack.upper()}-{threat.steps}{restarts}"
+    short = {"autoattack": "AutoAttack", "cascade": f"cascade of APGD-{threat.steps}{restarts}"}
+    name = short.get(threat.attack, f"{threat.attack.upper()}-{threat.steps}{restarts}")
     return f"{name}, {NORMS[threat.norm]} ε = {radius_text(threat.eps)}"
 
 

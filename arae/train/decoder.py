@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from arae.attacks.network import quicken
 from arae.config import Losses, Recipe
 from arae.models.encoder import Encoder
 from arae.models.wavelet import WaveletCode
@@ -69,11 +70,13 @@ class DecoderTrainer:
         assert self.weights.preset is None, "a preset is to be resolved first"
         # Frozen and in eval mode for good: batch norm of a "frozen" encoder in train mode would still drift.
         own = engine.place(encoder).eval().requires_grad_(False)
+        quicken(own.net)
         self.encoder = engine.place(own.normalised_by(self.part.normalisation)).eval().requires_grad_(False)
         self.comparator, self.compared_layer = own, self.recipe.encoder.layer
         if self.part.comparator is not None:
             assert comparator is not None, "the recipe has a comparator"
             self.comparator = engine.place(comparator).eval().requires_grad_(False)
+            quicken(self.comparator.net)
             self.compared_layer = self.part.comparator.layer
         betas = (float(self.part.betas[0]), float(self.part.betas[1]))
         adam = partial(torch.optim.Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)

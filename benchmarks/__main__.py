@@ -14,10 +14,9 @@ from arae.train.engine import default_device
 from benchmarks.decoder import decoder, decoder_conv5
 from benchmarks.encoding import encoding
 from benchmarks.harness import README, Result, read, section, with_tables, write
-from benchmarks.loading import loading
+from benchmarks.loader import NAME, folder_of_files, loading, photographs
 from benchmarks.outage import outage
 from benchmarks.overhead import overhead
-from benchmarks.photographs import NAME, photographs
 from benchmarks.step import encoder_small, pgd_alexnet, pgd_resnet18
 
 BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
@@ -29,12 +28,16 @@ BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
     "loading": loading,
     "encoding": encoding,
     NAME: photographs,
+    "loading-folder": folder_of_files,
     "overhead": overhead,
     "outage": outage,
 }
 APART = {"overhead", "outage"}
 """Long, or in need of a machine that does nothing else: run by name alone."""
-GROUPS = {"step": ("pgd-alexnet", "pgd-resnet18", "encoder-small")}
+GROUPS = {
+    "step": ("pgd-alexnet", "pgd-resnet18", "encoder-small"),
+    "loader": ("loading", NAME, "loading-folder"),
+}
 
 
 def chosen(names: Sequence[str]) -> list[str]:

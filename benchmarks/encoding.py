@@ -126,7 +126,9 @@ def _join(job: Job) -> None:
 def _sources(given: Path, folder: Path) -> dict[str, Path]:
     """Folders of JPEG files, `IMAGES` in each."""
     places = {each.source: folder / str(number) for number, each in enumerate(CASES)}
-    photographs = [image for image in _photographs(given) if min(image.width / LARGE[0], image.height / LARGE[1]) >= 1]
+    photographs = [
+        image for image in photographs_in(given) if min(image.width / LARGE[0], image.height / LARGE[1]) >= 1
+    ]
     for name, size in (("667 × 500", LARGE), ("500 × 375", MEDIAN)):
         places[name].mkdir(parents=True)
         for i in range(IMAGES):
@@ -140,7 +142,8 @@ def _sources(given: Path, folder: Path) -> dict[str, Path]:
     return places
 
 
-def _photographs(given: Path) -> Iterator[Image.Image]:
+def photographs_in(given: Path) -> Iterator[Image.Image]:
+    """The photographs of `highres.tar` and `style.tar`, of many sizes."""
     for name, within in (("highres.tar", "highres/"), ("style.tar", "style/content/")):
         with tarfile.open(given / name) as archive:
             for each in archive.getmembers():

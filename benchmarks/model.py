@@ -15,7 +15,7 @@ from arae.config import Part, Recipe, load_recipe
 from arae.cost import ADAM, FLOAT, SGD, Networks, parameters
 from arae.files import write_text
 from benchmarks.harness import BEGIN, END, FOLDER, Result, ratios, read
-from benchmarks.photographs import MODES, NAME
+from benchmarks.loader import MODES, NAME
 from benchmarks.scaled import Scaling, efficiency
 
 PAGE = FOLDER.parent / "docs" / "scaling.md"

@@ -38,8 +38,17 @@ def test_equals_one_sample_at_a_time(kinds, channels):
     got = augment(images, IDS, kinds, 3, seed=7)
     expected = [reference(x.numpy(), int(i), kinds, 3, 7) for x, i in zip(images, IDS, strict=True)]
     assert got.dtype == torch.float32
-    assert got.is_contiguous()
     np.testing.assert_allclose(got.numpy(), np.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize("kinds", [(), ("flip",), ("flip", "shift")])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_with_the_channels_last_stay_so_and_are_the_same(kinds, channels):
+    images = batch(channels)
+    loaded = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)  # as the streaming loader hands them out
+    got = augment(loaded, IDS, kinds, 3, seed=7)
+    assert torch.equal(got, augment(images, IDS, kinds, 3, seed=7))
+    assert got.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_is_independent_of_the_batch_and_depends_on_seed_and_id():

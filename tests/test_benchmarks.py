@@ -137,6 +137,7 @@ def test_only_what_stands_between_the_markers_is_replaced() -> None:
         ([], [name for name in BENCHMARKS if name not in APART]),
         (["loading"], ["loading"]),
         (["step"], ["pgd-alexnet", "pgd-resnet18", "encoder-small"]),
+        (["loader"], ["loading", "loading-photographs", "loading-folder"]),
         (["decoder", "step"], ["pgd-alexnet", "pgd-resnet18", "encoder-small", "decoder"]),
     ],
 )

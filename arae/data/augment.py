@@ -11,11 +11,13 @@ from arae.seeds import mix, mix_tensor
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 levels to float32 in [0, 1], contiguous; the shape stays."""
-    return images.contiguous().to(torch.float32).div_(255)
+    return _float(images.contiguous())
 
 
 def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: int, seed: int) -> torch.Tensor:
     """Flip and shift a batch: uint8 [m, C, H, W] to float32 [m, C, H, W] in [0, 1], on the images' device.
+
+    Channels-last images stay so, and shifted ones become so: to transpose them would take longer than all else.
 
     `ids` are int64 [m] (epoch * n + index). `flip` mirrors with p = 1/2; `shift` moves by up to `pad` pixels each way,
     edges repeated. `crop` belongs to the decoder and is passed over.
@@ -23,8 +25,8 @@ def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: 
     ids = ids.to(images.device)
     flip = mix_tensor(mix(seed, "flip"), ids) & 1 == 1 if "flip" in kinds else None
     reach = pad if "shift" in kinds else 0
-    if flip is None and not reach:
-        return to_float(images)
+    if not reach:
+        return _float(images if flip is None else _flipped(images, flip))
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device).expand(len(ids), -1)
     columns = torch.arange(width, device=images.device).expand(len(ids), -1)
@@ -35,7 +37,25 @@ def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: 
         columns = (columns + _offset(seed, "right", ids, reach)).clamp(0, width - 1)
     batch = torch.arange(len(ids), device=images.device)[:, None, None]
     moved = images.permute(0, 2, 3, 1)[batch, rows[:, :, None], columns[:, None, :]]
-    return to_float(moved.permute(0, 3, 1, 2))
+    return _float(moved.permute(0, 3, 1, 2))
+
+
+def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
+    """Images [m, C, H, W], those of `flip` bool [m] mirrored.
+
+    Whole images are copied from among all and all mirrored: on a CPU a tenth of gathering pixels, on a GPU no wait for
+    the device to count.
+    """
+    last = images.is_contiguous(memory_format=torch.channels_last)
+    rows = images.permute(0, 2, 3, 1) if last else images
+    both = torch.cat([rows, rows.flip(2 if last else 3)])
+    order = torch.arange(len(images), device=images.device) + len(images) * flip
+    chosen = both.index_select(0, order)
+    return chosen.permute(0, 3, 1, 2) if last else chosen
+
+
+def _float(images: torch.Tensor) -> torch.Tensor:
+    return images.to(torch.float32).div_(255)
 
 
 def _offset(seed: int, name: str, ids: torch.Tensor, reach: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from benchmarks.loader import NAME, folder_of_files, loading, photographs
 from benchmarks.outage import outage
 from benchmarks.overhead import overhead
 from benchmarks.step import encoder_small, pgd_alexnet, pgd_resnet18
+from benchmarks.targets import table, with_targets
 
 BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
     "pgd-alexnet": pgd_alexnet,
@@ -66,8 +67,9 @@ def main() -> None:
             continue
         write(result)
         # After each: a run that is cut short leaves tables and results that agree.
-        write_text(README, with_tables(README.read_text(), read()))
+        write_text(README, with_targets(with_tables(README.read_text(), read())))
         print(section(result), flush=True)
+    print(table())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""What is aimed at beside what was measured: a table made from the results, in `README.md` and after every run.
+
+Each row is a ratio of one paired run on one machine, its median and range over the rounds, and n; on which machine, the
+result that it names says. A row whose result is not there says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+from typing import NamedTuple
+
+from benchmarks import evaluate, time_to_robust
+from benchmarks.harness import RESULTS, Result, ratios
+
+BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
+Ratios = list[float]
+
+
+class Target(NamedTuple):
+    """One aim."""
+
+    what: str
+    result: str
+    """Whose figures it is judged by: a file of `results/`."""
+    bound: float
+    measured: Callable[[], Ratios]
+    most: bool = False
+    """Whether it is to be at most the bound, not at least."""
+
+    def row(self) -> str:
+        """The row in Markdown."""
+        aim = f"{'≤' if self.most else '≥'} {self.bound:.3g}"
+        try:
+            values = self.measured()
+        except FileNotFoundError:
+            return f"| {self.what} | {aim} | not measured yet | - | `{self.result}` |"
+        middle = median(values)
+        met = middle <= self.bound if self.most else middle >= self.bound
+        found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {len(values)}"
+        return f"| {self.what} | {aim} | {found} | {'yes' if met else 'no'} | `{self.result}` |"
+
+
+def _ratio(name: str, what: str) -> Callable[[], Ratios]:
+    """Of a result's comparison."""
+
+    def found() -> Ratios:
+        result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
+        return next(ratios(result, each) for each in result.comparisons if each.what == what)
+
+    return found
+
+
+def _over_bound(name: str) -> Callable[[], Ratios]:
+    """A PGD-7 step over its bound."""
+    from benchmarks.step import above_bound
+
+    def found() -> Ratios:
+        result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
+        return above_bound(result, "bf16" if "arae bf16" in result.seconds else "fp32")
+
+    return found
+
+
+def _cascade() -> Ratios:
+    """The cascade's share of AutoAttack's evaluations, by network."""
+    record = evaluate.Record.model_validate_json(evaluate.OUT.read_text())
+    return [each.cascade.evaluations / each.autoattack.evaluations for each in record.networks]
+
+
+def _time_to_robust() -> Ratios:
+    """Of each seed, the least share of PGD-7's time for its robust accuracy minus a point."""
+    record = time_to_robust.Record.model_validate_json(time_to_robust.OUT.read_text())
+    shares = time_to_robust.quickest(record, "l2")
+    if not shares:
+        raise FileNotFoundError
+    return shares
+
+
+_BF16 = "over arae bf16"
+TARGETS = (
+    Target("PGD-7 step, AlexNet 224 px, CPU: the reference library's as shipped over ours", "pgd-alexnet", 2.4,
+           _ratio("pgd-alexnet", f"robustness {_BF16}")),
+    Target("PGD-7 step, ResNet-18 32 px, CPU: same", "pgd-resnet18", 2.3,
+           _ratio("pgd-resnet18", f"robustness {_BF16}")),
+    Target("PGD-7 step over 1 + K (F + Bx) / T, AlexNet", "pgd-alexnet", 1.08, _over_bound("pgd-alexnet"), most=True),
+    Target("PGD-7 step over 1 + K (F + Bx) / T, ResNet-18", "pgd-resnet18", 1.08, _over_bound("pgd-resnet18"),
+           most=True),
+    Target("Decoder step, conv5, CPU: the authors' over ours", "decoder-conv5", 2.8,
+           _ratio("decoder-conv5", f"authors {_BF16}")),
+    Target("Loading, CPU: ImageFolder + DataLoader over ours, jpg", "loading-folder", 4.0,
+           _ratio("loading-folder", "ImageFolder over arae jpg")),
+    Target("Loading, CPU: ImageFolder + DataLoader over ours, raw", "loading-folder", 10.0,
+           _ratio("loading-folder", "ImageFolder over arae raw")),
+    Target("Time to PGD-7's robust accuracy minus 1 point, share of PGD-7's", "time-to-robust/fashion-mnist", 1 / 3,
+           _time_to_robust, most=True),
+    Target("Evaluations of the cascade, share of AutoAttack's", "evaluate/fashion-mnist", 0.25, _cascade, most=True),
+    Target("PGD-7 step, AlexNet 224 px, H100/H200: the reference library's over ours", "pgd-alexnet-cuda", 4.0,
+           _ratio("pgd-alexnet-cuda", f"robustness {_BF16}")),
+    Target("PGD-7 step, ResNet-18 32 px, H100/H200: same", "pgd-resnet18-cuda", 4.0,
+           _ratio("pgd-resnet18-cuda", f"robustness {_BF16}")),
+)  # fmt: skip
+
+
+def table() -> str:
+    """All of them in Markdown."""
+    head = ["| What | Aim | Measured: median (range) | Met | Result |", "|---|---|---|---|---|"]
+    return "\n".join([*head, *(target.row() for target in TARGETS)])
+
+
+def with_targets(page: str) -> str:
+    """The page with its table made anew."""
+    before, _, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert end, f"the page has no {BEGIN} … {END}"
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"

@@ -98,6 +98,8 @@ def train_and_lose_a_host(cluster: Cluster, recipe: Recipe, tmp_path: Path, work
     )
     try:
         running = lambda: process.poll() is None  # noqa: E731
+        # A state is written while training goes on: the one of two intervals is on disk when the log says so.
+        until(lambda: any(state["step"] >= 2 * EVERY for state in told(folder, "state")), "a state", SLOW, running)
         until(lambda: reached(folder) >= 2 * EVERY + EVERY // 2, "training", SLOW, running)
         assert cluster.head.has("ray::Desk")  # beside the driver: it must not go with another host
         victim = next(host for host in (cluster.hosts["host3"], cluster.hosts["host2"]) if host.has("RayTrainWorker"))
@@ -118,9 +120,9 @@ def check_one_restart(folder: RunFolder, victim: Host) -> None:
     assert victim.name in restart["reason"] or victim.address in restart["reason"]
     assert "\n" not in restart["reason"]
     assert restart["world_size"] == 2
-    before = max(event["step"] for event in events[:at] if event["event"] == "interval")
+    before, safe = (max(e["step"] for e in events[:at] if e["event"] == kind) for kind in ("interval", "state"))
     assert restart["step"] % EVERY == 0
-    assert 0 < before - restart["step"] <= EVERY
+    assert safe <= restart["step"] < before
     after = [event["step"] for event in events[at:] if event["event"] == "interval" and event["stage"] == "encoder"]
     assert after == list(range(restart["step"] + INTERVAL, STEPS + 1, INTERVAL))
 

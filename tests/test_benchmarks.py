@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import harness
+from benchmarks import halving, harness
 from benchmarks.__main__ import APART, BENCHMARKS, chosen
 from benchmarks.harness import Result, Seconds, interleaved, ratios, section, with_tables
 
@@ -174,3 +174,12 @@ def test_records_that_are_kept_hold_what_is_promised(name: str, what: str, bound
     (record,) = [result for result in harness.read() if result.name == name]
     (compared,) = [comparison for comparison in record.comparisons if comparison.what == what]
     assert median(ratios(record, compared)) <= bound
+
+
+def test_early_stopping_finds_the_front_for_less() -> None:
+    kept = halving.Halving.model_validate_json(halving.OUT.read_text())
+    assert len({pair.seed for pair in kept.pairs}) == len(kept.pairs) >= 3
+    assert kept.kept
+    for pair in kept.pairs:
+        assert pair.full.finished == len(pair.full.points) == 24
+        assert pair.halved.finished == len(pair.halved.points) < 24

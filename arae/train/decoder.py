@@ -30,6 +30,7 @@ from arae.train import losses
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
 from arae.train.networks import code
+from arae.train.optimisers import Adam
 from arae.train.schedule import factor
 
 
@@ -79,7 +80,7 @@ class DecoderTrainer:
             quicken(self.comparator.net)
             self.compared_layer = self.part.comparator.layer
         betas = (float(self.part.betas[0]), float(self.part.betas[1]))
-        adam = partial(torch.optim.Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)
+        adam = partial(Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)
         self.generator = generator
         self.learner = engine.learner(generator, adam)
         self.buffers = StepBuffers(self.generator)

@@ -25,6 +25,7 @@ from arae.seeds import mix
 from arae.train import losses, objectives
 from arae.train.engine import Engine, StepBuffers
 from arae.train.micro import Average, Micro
+from arae.train.optimisers import SGD
 from arae.train.schedule import factor
 
 
@@ -50,7 +51,7 @@ class EncoderTrainer:
             self.average = Average(self.model, self.part.ema)
 
     def _optimizer(self, weights: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
-        return torch.optim.SGD(weights, self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay)
+        return SGD(weights, self.part.lr, self.part.momentum, weight_decay=self.part.weight_decay)
 
     def step(self, step: int, micros: Sequence[Micro]) -> dict[str, Tensor]:
         """Attack, then descend, over this worker's micro-batches of one batch; returns their mean loss and accuracy."""

@@ -2,8 +2,8 @@
 
 Measured: one whole step of arae's own trainer (encode, discriminator, generator), on images already on the device.
 - `decoder-conv5` the paper's decoder over AlexNet's conv5, 3 × 224 × 224, n = 3 rounds; batch 16 on a CPU, 128 on a
-  GPU. Paired with the step of the authors' own code (`peers.py`), as shipped and under autocast (their discriminator
-  ends in a sigmoid, whose loss autocast refuses to do in half precision: that loss is done in fp32).
+  GPU. Paired with the step of the authors' own code (`peers.py`), as shipped, which encodes each image twice, and on a
+  CPU under autocast (on a GPU autocast refuses the loss of a discriminator that ends in a sigmoid, as theirs does).
 - `decoder` the mirror decoder and discriminator over small-cnn's conv4, 1 × 28 × 28, batch 64, n = 7 rounds: fp32 and
   bf16.
 Warm-up: 1 round. The images are noise: no time here depends on what they show.
@@ -39,7 +39,7 @@ def decoder_conv5(device: torch.device) -> Result:
     left_out = {} if theirs else {"authors": peers.MISSING}
     if theirs is not None:
         images, _ = noise(ALEXNET, batch, device)
-        for settings in ("", ", autocast") if best != "fp32" else ("",):
+        for settings in ("", ", autocast") if best != "fp32" and device.type == "cpu" else ("",):
             cast = partial(torch.autocast, device.type, dtype=DTYPES[best], enabled=bool(settings))
             variants[f"authors{settings}"] = peers.authors_step(theirs, images, ALEXNET.statistics, cast)
     for precision in precisions:

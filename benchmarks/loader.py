@@ -9,7 +9,7 @@
 - `loading-folder` from a folder of JPEG files, 500 × 375 (the commonest size of ImageNet's; quality 95), to batches of
   float images, 3 × 224 × 224, cropped at random and flipped: torchvision's ImageFolder and DataLoader (no workers, so
   that all is one process's) on the folder, and arae on what `arae encode … size=256` makes of it. Beside them what is
-  like for like: ImageFolder on a folder of the very 256-pixel images that arae has; and the bytes of the raw file
+  like for like: ImageFolder on a folder of the same photographs scaled to 256 pixels; and the bytes of the raw file
   copied out of it, which is the least that reading can take. 14 photographs, each four times; one timing is eight
   epochs, 448 images; n = 5 rounds, 1 of warm-up.
 
@@ -126,7 +126,7 @@ AUGMENT = ("crop", "flip")
 def folder_of_files(device: torch.device) -> Result:
     """CPU seconds from a folder of photographs to training images; InputError where photographs or FFCV are missing."""
     given = os.environ.get("ARAE_TEST_DATA")
-    if not given or not (Path(given) / "highres.tar").is_file():
+    if not given or not all((Path(given) / name).is_file() for name in ("highres.tar", "style.tar")):
         raise InputError("ARAE_TEST_DATA names no folder with highres.tar and style.tar")
     with TemporaryDirectory() as made:
         place = Path(made)

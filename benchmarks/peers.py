@@ -71,7 +71,7 @@ def authors() -> ModuleType | None:
     """The networks and the loop of the paper's authors (renanrojasg/adv_robust_autoencoder): `alexnet`, `loop`; or
     None."""
     place = PEERS / "adv_robust_autoencoder"
-    if not (place / "models" / "alexnet.py").is_file():
+    if not (place / ".git").is_dir():  # the clone itself, and nothing that stands in for it
         return None
     for path in (PEERS, place):
         if str(path) not in sys.path:
@@ -91,7 +91,8 @@ def authors_step(
 ) -> Callable[[], object]:
     """One step as `train_generator.py` makes it for AlexNet's conv5: discriminator, then generator, all three losses.
 
-    With the settings of their script: spectral norms, sums over the batch, the comparator beside the encoder.
+    With the settings of their script: spectral norms, sums over the batch, the comparator beside the encoder, which get
+    the images each under a normalisation of its own, so that they are encoded twice.
     """
     device = images.device
     mean, std = (torch.tensor(values) for values in statistics)
@@ -109,7 +110,8 @@ def authors_step(
     model, comparator, discriminator = (
         nn.DataParallel(one.to(device)) for one in (model, comparator.eval(), discriminator)
     )
-    optimizers = [torch.optim.Adam(one.parameters(), lr=3e-4, betas=(0.9, 0.999)) for one in (model, discriminator)]
+    rates = zip((model, discriminator), (3e-4, 1.2e-3), strict=True)
+    optimizers = [torch.optim.Adam(one.parameters(), lr=rate, betas=(0.0, 0.9)) for one, rate in rates]
     pixel, feature, adversarial = theirs.loop.set_criteria("l1_loss", "l2_loss", True, "sum")
     loader = [(images, torch.zeros(len(images), dtype=torch.int64))]
 
@@ -120,7 +122,7 @@ def authors_step(
                 comparator=comparator, denormalize=theirs.tools.InputDescaling().to(device), norm_flag=True,
                 g_opt=optimizers[0], d_opt=optimizers[1], epoch=0, disc_labels=(0.0, 1.0), disc_normalize=False,
                 pix_c=pixel, feat_c=feature, adv_c=adversarial, pix_loss="l1_loss", feat_loss="l2_loss", adv_loss=True,
-                pix_loss_weight=2e-6, feat_loss_weight=0.01, adv_loss_weight=100.0, disc_loss_weight=2e-6,
+                pix_loss_weight=2e-6, feat_loss_weight=0.01, adv_loss_weight=100.0, disc_loss_weight=100.0,
             )  # fmt: skip
 
     return step

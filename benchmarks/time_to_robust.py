@@ -140,6 +140,8 @@ class Record(Part):
     about: str
     recipes: dict[str, dict[str, dict[str, Any]]]
     """By task and name, what each changes of the task's PGD-7."""
+    common: dict[str, Any]
+    """What all share."""
     runs: tuple[Run, ...] = ()
     hardware: dict[str, str | int] = Field(default_factory=dict)
     versions: dict[str, str] = Field(default_factory=dict)
@@ -239,12 +241,19 @@ def trained(task: str, name: str, seed: int, images: dict[str, str]) -> Run:
     )
 
 
+def common() -> dict[str, Any]:
+    """What the runs of a record have in common: with another of these they could not stand side by side."""
+    tasks = {name: attack.model_dump(exclude_defaults=True) for name, attack in TASKS.items()}
+    return {"base": BASE, "tasks": tasks, "judge": JUDGE}
+
+
 def read(path: Path) -> Record:
     """The record so far, without runs of recipes that are others now."""
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    if not path.is_file():
-        return Record(about=about, recipes=RECIPES, git=provenance.git_revision(), time=provenance.now())
-    record = Record.model_validate_json(path.read_text())
+    empty = Record(about=about, recipes=RECIPES, common=common(), git=provenance.git_revision(), time=provenance.now())
+    record = Record.model_validate_json(path.read_text()) if path.is_file() else empty
+    if record.common != empty.common:
+        return empty
     same = {
         (task, name)
         for task, recipes in RECIPES.items()
@@ -323,7 +332,7 @@ def quickest(record: Record, task: str) -> list[float]:
     base, found = {run.seed: run for run in record.of(task, "PGD-7")}, [[1.0] * len(record.of(task, "PGD-7"))]
     for name in RECIPES[task]:
         runs = [run for run in record.of(task, name) if run.seed in base]
-        if runs and mean(base[run.seed].robust - run.robust for run in runs) <= LESS:
+        if runs and len(runs) == len(base) and mean(base[run.seed].robust - run.robust for run in runs) <= LESS:
             found.append([run.seconds / base[run.seed].seconds for run in runs])
     return min(found, key=lambda shares: mean(shares) if shares else 1.0)
 

@@ -15,7 +15,7 @@ from training import tiny_recipe, weights
 from arae.attacks import Threat
 from arae.attacks.gradient import perturb_unprojected, perturb_until_misclassified
 from arae.check import check
-from arae.config import Attack, Recipe
+from arae.config import Attack, EngineChoice, Recipe
 from arae.errors import InputError
 from arae.models import create_encoder
 from arae.monitor.events import read_events
@@ -230,6 +230,14 @@ def test_a_misclassified_sample_leaves_after_so_many_steps_more(attack: Attack, 
     assert asked[0] == 40
     assert sum(asked) == sum(min(6, done + 1) for done in steps)  # and one look more, at which it is seen to be done
     assert len(set(steps)) > 1 or more == 9
+
+
+def test_workers_in_step_can_not_leave_the_attack_each_in_its_own_time(tiny_npz: Path) -> None:
+    attack = {"norm": "l2", "eps": 0.5, "steps": 3}
+    recipe = encoder_recipe(tiny_npz, encoder__attack=attack, encoder__early_stop=0, encoder__quick_attack=False)
+    model = create_encoder("small-cnn", 3, 3, width=0.5)
+    with pytest.raises(InputError, match=r"early_stop = 0: in ZeRO's stage 3 .* set encoder.quick_attack=true"):
+        EncoderTrainer(recipe, model, Engine(CPU, "fp32", EngineChoice(kind="deepspeed", stage=3)), STEPS)
 
 
 def test_with_steps_enough_for_all_it_is_plain_pgd(tiny_npz: Path) -> None:

@@ -244,6 +244,12 @@ def test_spectral_norm_has_the_gradients_that_autograd_finds(make, low: bool, tr
     assert ours.state_dict().keys() == theirs.state_dict().keys()
 
 
+def test_spectral_norm_works_where_only_shapes_are():
+    with torch.device("meta"):
+        decoder, z = create_decoder("alexnet-conv5"), torch.zeros(2, 256, 6, 6)
+    assert decoder(z).shape == (2, 3, 224, 224)
+
+
 def test_names_and_random_weights_are_those_of_saved_models():
     """Rebuilt by hand in the order of old: blocks first, then the initialisation, one random stream."""
     parts: list[nn.Module] = []

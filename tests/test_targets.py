@@ -46,7 +46,7 @@ def run(recipe: str, seed: int, seconds: float, right: int) -> Run:
 
 
 def record(*runs: Run) -> Record:
-    return Record(about="", recipes=RECIPES, runs=runs, git="", time="")
+    return Record(about="", recipes=RECIPES, common={}, runs=runs, git="", time="")
 
 
 def test_the_quickest_recipe_is_one_that_is_as_robust() -> None:
@@ -55,6 +55,7 @@ def test_the_quickest_recipe_is_one_that_is_as_robust() -> None:
     good = [run("N-FGSM", 1, 40, 60), run("N-FGSM", 2, 30, 60)]
     assert quickest(record(*base), "l2") == [1.0, 1.0]
     assert quickest(record(*base, *good, run("PGD-2", 1, 10, 58)), "l2") == [0.4, 0.25]  # 2.5 points are too many
+    assert quickest(record(*base, weak[0]), "l2") == [1.0, 1.0]  # one seed is not enough
     assert quickest(record(*base, *weak, *good), "l2") == pytest.approx([0.1, 10 / 120])
     assert quickest(record(), "l2") == []
 

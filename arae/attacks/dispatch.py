@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from arae.attacks.apgd import Loss, apgd
-from arae.attacks.gradient import Model, evaluation_mode, pgd
+from arae.attacks.gradient import Model, check_images, evaluation_mode, pgd
 from arae.attacks.threat import Threat
 from arae.config import Attack
 from arae.errors import InputError
@@ -57,6 +57,7 @@ def _cascade(
     model: Model, x: Tensor, y: Tensor, threat: Threat, effort: Attack, generator: torch.Generator | None
 ) -> Tensor:
     """The attacks from the cheap to the dear, each on what the ones before it left standing."""
+    check_images(x, y)
     found = x
     for kind in CASCADE:
         with evaluation_mode(model), torch.no_grad():

@@ -179,7 +179,8 @@ class Encoder(Stage):
     replays: Count = 1
     """Free adversarial training (Shafahi et al. 2019, Algorithm 1; theirs: 4 to 8): each batch is learnt from so many
     times in a row, and each time the images' gradient, which comes along, moves the perturbation on by a radius (or by
-    step_size). The rate follows the batches, so with m replays a stage wants 1 / m of its steps."""
+    step_size). The rate follows the batches, so with m replays a stage wants 1 / m of its steps. (A guard that has to
+    step in goes on with one update a step.)"""
     early_stop: Annotated[int, Field(ge=0)] | None = None
     """Friendly adversarial training (Zhang et al. 2020, Algorithm 1): a sample is attacked until it is misclassified,
     and for so many steps more (their tau). On a GPU each step waits for the device to tell who is left."""

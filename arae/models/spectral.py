@@ -7,6 +7,7 @@ precision as it is made, not in a pass of its own: the same numbers as dividing 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -14,8 +15,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import _SpectralNorm
-
-ITERATIONS = 15  # when a layer is wrapped, as PyTorch's own
 
 
 def normalise_spectrum(layer: nn.Module) -> None:
@@ -48,9 +47,11 @@ class _Divided(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, matrix: Tensor, u: Tensor, v: Tensor, dim: int) -> Tensor:  # type: ignore[override]
         kind = weight.device.type
-        with torch.autocast(kind, enabled=False):
+        # Of some devices (meta, where shapes are worked out) PyTorch will not even be asked.
+        cast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        with torch.autocast(kind, enabled=False) if cast else nullcontext():
             sigma = torch.vdot(u, torch.mv(matrix, v))
-        low = weight.dtype == torch.float32 and torch.is_autocast_enabled(kind)
+        low = cast and weight.dtype == torch.float32
         quotient = torch.empty_like(weight, dtype=torch.get_autocast_dtype(kind) if low else None)
         torch.div(weight, sigma, out=quotient)
         ctx.save_for_backward(weight, sigma, u, v)

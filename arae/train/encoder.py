@@ -20,6 +20,7 @@ from arae.attacks.gradient import perturb, perturb_unprojected, perturb_until_mi
 from arae.attacks.network import AttackNetwork
 from arae.attacks.threat import Threat
 from arae.config import Attack, Recipe, Span
+from arae.errors import InputError
 from arae.models.encoder import Encoder
 from arae.seeds import mix
 from arae.train import losses, objectives
@@ -42,6 +43,12 @@ class EncoderTrainer:
         self.beta = self.part.objective.beta or objectives.BETA.get(self.kind, 0.0)
         self.model = model
         self.quick = AttackNetwork(model) if self.part.quick_attack and self.part.attack.eps else None
+        pieces = engine.choice.kind == "deepspeed" and engine.choice.stage == 3
+        if pieces and self.part.early_stop is not None and not self.part.quick_attack:
+            raise InputError(
+                f"encoder.early_stop = {self.part.early_stop}: in ZeRO's stage 3 workers ask for weights together, and "
+                "with it each asks another number of times; set encoder.quick_attack=true, or engine.stage=2"
+            )
         self.learner = engine.learner(model, self._optimizer)
         self.buffers = StepBuffers(self.model)
         self.spans = self.part.spans()
@@ -104,7 +111,7 @@ class EncoderTrainer:
                     self.learner.backward(loss / share, last=last)
                 self.buffers.keep()
                 assert images.grad is not None
-                # A loss that is scaled for fp16 may overflow: that update is left out, and so is this move.
+                # A loss scaled for fp16 may overflow: that update is left out, and a pixel without a number stays.
                 direction = threat.steepest(images.grad.nan_to_num(0.0, 0.0, 0.0))
                 moved = threat.project(images.detach() - micro.images + size * direction)
                 perturbed[i] = (micro.images + moved).clamp(0, 1)

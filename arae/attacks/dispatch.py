@@ -24,6 +24,7 @@ def attack(model: Model, x: Tensor, y: Tensor, attack: Attack, generator: torch.
     Raises InputError for `kind: autoattack`, which keeps its work on disk (`arae.attacks.suite.autoattack`), and for
     keys that the kind has no use for; ValueError as `pgd` and `apgd` do.
     """
+    check_images(x, y)
     if attack.norm is None or attack.eps == 0:
         return x
     threat = Threat(attack.norm, attack.eps)
@@ -57,7 +58,6 @@ def _cascade(
     model: Model, x: Tensor, y: Tensor, threat: Threat, effort: Attack, generator: torch.Generator | None
 ) -> Tensor:
     """The attacks from the cheap to the dear, each on what the ones before it left standing."""
-    check_images(x, y)
     found = x
     for kind in CASCADE:
         with evaluation_mode(model), torch.no_grad():

@@ -44,6 +44,22 @@ def begun(recipe: Recipe, path: Path) -> RunFolder:
     return folder
 
 
+def killed(recipe: Recipe, folder: RunFolder, at: int, time: int = 1) -> None:
+    """Train until this step is begun for the first or a later time."""
+    real, made = EncoderTrainer.step, []
+
+    def step(self: EncoderTrainer, number: int, micros: Any) -> dict[str, Tensor]:
+        made.append(number)
+        if made.count(at) == time:
+            raise KeyboardInterrupt
+        return real(self, number, micros)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EncoderTrainer, "step", step)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe, folder, CPU)
+
+
 def trainer_of(recipe: Recipe) -> EncoderTrainer:
     torch.manual_seed(0)
     return EncoderTrainer(recipe, create_encoder("small-cnn", 3, 3, width=0.5), Engine(CPU, "fp32"), STEPS)
@@ -174,17 +190,7 @@ def test_a_replayed_run_ends_the_same_after_a_kill(tiny_npz: Path, tmp_path: Pat
     recipe = tiny_recipe(tiny_npz, decoder=None, **few)
     whole, folder = begun(recipe, tmp_path / "whole"), begun(recipe, tmp_path / "run")
     train(recipe, whole, CPU)
-    real = EncoderTrainer.step
-
-    def step(self: EncoderTrainer, number: int, micros: Any) -> dict[str, Tensor]:
-        if number == 3:
-            raise KeyboardInterrupt
-        return real(self, number, micros)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EncoderTrainer, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder, CPU)
+    killed(recipe, folder, at=3)
     assert [saved.step for saved in list_states(folder.state)][-1] == 2
     train(recipe, folder, CPU)
     assert weights(folder) == weights(whole)
@@ -385,18 +391,7 @@ def test_killed_after_going_back_it_goes_on_hardened_and_ends_the_same(
     train(recipe, whole, CPU)
     measured.clear()
     folder = begun(recipe, tmp_path / "run")
-    real, made = EncoderTrainer.step, []
-
-    def step(self: EncoderTrainer, number: int, micros: Any) -> dict[str, Tensor]:
-        made.append(number)
-        if made.count(6) == 2:
-            raise KeyboardInterrupt
-        return real(self, number, micros)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EncoderTrainer, "step", step)
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe, folder, CPU)
+    killed(recipe, folder, at=6, time=2)
     assert [saved.step for saved in list_states(folder.state)][-1] == 6
     train(recipe, folder, CPU)
     assert weights(folder) == weights(whole)

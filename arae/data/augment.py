@@ -43,7 +43,7 @@ def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: 
 def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     """Images [m, C, H, W], those of `flip` bool [m] mirrored.
 
-    Whole images are copied from among all and all mirrored: on a CPU a tenth of gathering pixels, on a GPU no wait for
+    Whole images are copied from among all and all mirrored: less work than gathering pixels, and on a GPU no wait for
     the device to count.
     """
     last = images.is_contiguous(memory_format=torch.channels_last)

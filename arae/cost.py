@@ -1,4 +1,4 @@
-"""What networks cost: parameters, FLOPs and activations of an image, and of a training step with all its passes.
+"""What networks cost: parameters, and FLOPs of an image and of a training step with all its passes.
 
 FLOPs are counted on the networks' own operations, on tensors without data; a multiply-add is two.
 """
@@ -60,6 +60,12 @@ class Networks:
                 self.comparator = create_encoder(part.comparator.name, max(num_classes, 2), shape[0], shape[1])
             self.decoding = decoding(recipe, self.encoder, self.comparator, shape)
             self.decoder, self.discriminator = self.decoding.generator(), self.decoding.discriminator()
+
+    def following(self, recipe: Recipe) -> Networks:
+        """The same networks, trained as another recipe says."""
+        other = copy.copy(self)
+        other.recipe = recipe
+        return other
 
     @cached_property
     def classify(self) -> Passes:
@@ -130,7 +136,9 @@ class Networks:
         micro-batches the discriminator's half of the step reconstructs on its own.
         """
         assert self.decoding is not None
-        total = self.tap.forward + self.generate.to_weights
+        part = self.recipe.decoder
+        again = part is not None and part.recompute > 1
+        total = self.tap.forward + self.generate.to_weights + self.generate.forward * again
         if self.decoding.apart and (self.decoding.weights.feature or self.discriminator is not None):
             total += self.compare.forward
         if self.decoding.weights.feature:
@@ -156,31 +164,6 @@ class Networks:
         attacked = sum(attack_flops(self.classify, a, classes) + self.classify.forward for a in attacks)
         rebuilt = (1 + len(attacks)) * rebuild if settings.protocol == "map" else 0
         return self.classify.forward + attacked + rebuilt
-
-    def encoder_memory(self, micro: int, attack: Attack | None = None) -> dict[str, int]:
-        """Bytes a worker holds at the peak of an encoder step, by what they are; default: under the recipe's attack."""
-        weights, eps = parameters(self.encoder), (attack or self.recipe.encoder.attack).eps
-        twice = self.recipe.encoder.objective.kind in ("trades", "mart") and eps > 0
-        held = activations(self.encoder, self.shape) * micro * (1 + twice)
-        copied = self.recipe.encoder.quick_attack and eps > 0
-        found = _memory(weights, weights, weights * SGD, weights * bool(self.recipe.encoder.ema), held)
-        return found | ({"copy to attack": weights * FLOAT} if copied else {})
-
-    def decoder_memory(self, micro: int) -> dict[str, int]:
-        """Bytes a worker holds at the peak of a decoder step, by what they are."""
-        assert self.recipe.decoder is not None
-        assert self.decoding is not None
-        assert self.decoder is not None
-        trained = self._decoder_trained()
-        held = activations(self.decoder, self.feature_shape)
-        again = activations(self._compared(), self.shape) if self.decoding.weights.feature else 0
-        both = one = 0
-        if self.discriminator is not None:
-            both, one = (activations(self._judge(times), self.shape) for times in (2, 1))
-        average = parameters(self.decoder) * bool(self.recipe.decoder.ema)
-        held += max(both, one + again)  # the discriminator's half of the step, or the generator's
-        frozen = parameters(self.encoder) + (parameters(self.comparator) if self.comparator else 0)
-        return _memory(trained + frozen, trained, trained * ADAM, average, held * micro)
 
     def disk(self) -> dict[str, int]:
         """Bytes a run folder takes: the states kept (the newest, the best, one being written), and the model."""
@@ -252,27 +235,6 @@ def passes(network: nn.Module, shape: Shape) -> Passes:
     return Passes(*(_of_one(lambda n, what=what: count(n, what)) for what in ("", "input", "weights")))
 
 
-def activations(network: nn.Module, shape: Shape) -> int:
-    """Bytes that autograd keeps of one input of `shape` between forward and backward, in float32."""
-    bare = _bare(network).train()
-
-    def count(n: int) -> int:
-        kept: dict[int, torch.UntypedStorage] = {}
-
-        def keep(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            kept[storage._cdata] = storage  # held, so that its address is not given out again
-            return tensor
-
-        x = torch.empty(n, *shape, device="meta", requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            out = bare(x)
-        del out
-        return sum(storage.nbytes() for storage in kept.values())
-
-    return _of_one(count)
-
-
 class _Tap(nn.Module):
     """The encoder up to its tap."""
 
@@ -304,8 +266,3 @@ def _bare(network: nn.Module) -> nn.Module:
 def _of_one(count: Callable[[int], int]) -> int:
     """The share of one more sample: what does not grow with the batch (weights, their normalisation) falls out."""
     return (count(4) - count(2)) // 2
-
-
-def _memory(weights: int, trained: int, optimiser: int, average: int, activations_held: int) -> dict[str, int]:
-    sizes = {"weights": weights, "gradients": trained, "optimiser": optimiser, "average": average}
-    return {name: size * FLOAT for name, size in sizes.items() if size} | {"activations": activations_held}

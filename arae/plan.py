@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +21,7 @@ from arae.cost import Network, Networks, Shape
 from arae.data import beton, catalog
 from arae.data.load import RESIDENT_BYTES, open_source
 from arae.errors import InputError
+from arae.footprint import evaluation_footprint, footprint
 from arae.train.engine import Engine
 
 SECONDS = 0.5  # a calibration batch is chosen to take at most about this long
@@ -105,10 +106,12 @@ def plan(
     speeds = first, decoder_speed(networks, engine, threads) if networks.decoder else first
     resident = _resident(recipe, n_train, shape)
     stages: list[StagePlan] = []
+    known: dict[tuple[str, bool], dict[str, int]] = {}
     for eps in recipe.map.radii if recipe.map else (recipe.encoder.attack.eps,):
         trip = recipe.replace({"encoder.attack.eps": eps, "map": None})
         found = stage_plans(trip, networks, n_train, n_test, workers, speeds)
-        stages += [replace(one, memory=held) for one, held in zip(found, _memory(trip, networks, n_test), strict=True)]
+        held = _memory(networks.following(trip), device, workers, n_test, known)
+        stages += [replace(one, memory=memory) for one, memory in zip(found, held, strict=True)]
     stages = [replace(s, memory=s.memory | ({"images": resident} if resident else {})) for s in stages]
     each = f", {threads} thread{'s' * (threads > 1)} a worker" if threads else ""
     assumptions = (
@@ -116,7 +119,8 @@ def plan(
         "augmentation and waiting for other workers come on top",
         f"time: in proportion to the workers (here {workers}), on a machine as busy as now; evaluation runs in one "
         "process, with every restart counted",
-        "memory: activations in float32 (bf16 and fp16: about half); what kernels and the allocator need comes on top",
+        "memory: the most that is held at once in a step, without data but as it would run; PyTorch itself, kernels' "
+        "workspaces and what the allocator sets aside come on top",
     )
     return Plan(tuple(networks.listed()), tuple(stages), networks.disk(), assumptions)
 
@@ -151,14 +155,23 @@ def stage_plans(
         yield StagePlan(f"evaluation, ε = {eps:.4g}", n_test, flops, speeds[0] / flops)
 
 
-def _memory(trip: Recipe, networks: Networks, n_test: int) -> Iterator[dict[str, int]]:
-    """Bytes that a worker holds in each of `stage_plans`."""
-    yield networks.encoder_memory(trip.encoder.micro, trip.encoder.attack)
-    if trip.decoder:
-        yield networks.decoder_memory(trip.decoder.micro)
+def _memory(
+    networks: Networks, device: torch.device, workers: int, n_test: int, known: dict[tuple[str, bool], dict[str, int]]
+) -> Iterator[dict[str, int]]:
+    """Bytes that a worker holds in each of `stage_plans`; `known` keeps them, for radii take alike."""
+    attacked = networks.recipe.encoder.attack.eps > 0
+    wanted: list[tuple[str, Callable[[], dict[str, int]]]] = [
+        ("encoder", lambda: footprint(networks, "encoder", device, workers))
+    ]
+    if networks.recipe.decoder:
+        wanted.append(("decoder", lambda: footprint(networks, "decoder", device, workers)))
     if n_test:
-        held = networks.encoder_memory(trip.evaluate.batch)
-        yield {name: held[name] for name in ("weights", "activations")}
+        wanted.append(("evaluation", lambda: evaluation_footprint(networks, device)))
+    for name, count in wanted:
+        key = name, attacked and name == "encoder"
+        if key not in known:
+            known[key] = count()
+        yield known[key]
 
 
 def encoder_speed(networks: Networks, engine: Engine, threads: int | None, seconds: float = SECONDS) -> float:

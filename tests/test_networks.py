@@ -252,7 +252,6 @@ def test_objectives_and_comparators_are_counted(tiny_npz: Path, tmp_path: Path) 
     trades = counted(encoder__objective={"kind": "trades"})
     assert trades.encoder_step(attack) == at + classify.to_weights + classify.forward
     assert trades.encoder_step(attack.model_copy(update={"eps": 0.0})) == classify.to_weights
-    assert trades.encoder_memory(8)["activations"] == 2 * plain.encoder_memory(8)["activations"]
     comparing = counted(decoder__comparator={"name": "small-cnn", "weights": "not there yet", "layer": "conv1"})
     assert comparing.compare.forward < plain.tap.forward
     assert [n.role for n in comparing.listed()] == ["encoder", "decoder", "discriminator", "comparator"]

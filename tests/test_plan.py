@@ -6,8 +6,9 @@ from torch import nn
 
 from arae import plan as planning
 from arae.config import Attack, Recipe, load_recipe
-from arae.cost import Networks, Passes, activations, attack_flops, passes
+from arae.cost import Networks, Passes, attack_flops, passes
 from arae.errors import InputError
+from arae.footprint import footprint
 from arae.plan import binary, duration, plan, plan_recipe, si
 
 CPU = torch.device("cpu")
@@ -92,16 +93,10 @@ def test_the_discriminator_reads_the_features_once_for_both_images(networks):
     assert networks.judge.forward < networks.judge_both.forward < 2 * networks.judge.forward
 
 
-def test_activations_by_hand():
-    """Autograd keeps the input of each convolution and the output of the ReLU, which is the second one's input."""
-    network = nn.Sequential(nn.Conv2d(2, 5, 3, padding=1), nn.ReLU(), nn.Conv2d(5, 1, 3, padding=1))
-    assert activations(network, (2, 8, 8)) == 4 * 64 * (2 + 5)
-
-
 def test_the_networks_are_left_as_they_were():
     networks = Networks(recipe(), SHAPE, 10)
     assert networks.decoder is not None
-    networks.decoder_memory(8)
+    footprint(networks, "decoder", CPU)
     for network in (networks.encoder, networks.decoder):
         assert all(p.requires_grad and p.device.type == "cpu" for p in network.parameters())
 
@@ -151,13 +146,11 @@ def test_memory_and_disk_by_hand():
     networks = {n.role: n.parameters for n in made.networks}
     encoder, decoder = made.stages
     weights = 4 * networks["encoder"]
-    held = 100 * activations(Networks(changed, SHAPE, 10).encoder, SHAPE)
-    assert encoder.memory == {
-        "weights": weights, "gradients": weights, "optimiser": weights, "average": weights, "activations": held,
-        "images": 1000 * 28 * 28, "copy to attack": weights,
-    }  # fmt: skip
+    stays = dict.fromkeys(("weights", "gradients", "optimiser", "average"), weights)
+    assert encoder.memory.items() >= (stays | {"images": 1000 * 28 * 28}).items()
+    assert encoder.memory["activations"] > 100 * 28 * 28 * 4
     trained = 4 * (networks["decoder"] + networks["discriminator"])
-    assert decoder.memory["optimiser"] == 2 * trained
+    assert decoder.memory["optimiser"] == pytest.approx(2 * trained, rel=0.001)  # and the count of steps
     assert decoder.memory["weights"] == trained + weights
     states = {"states (3 kept, the best, a new one)": 5 * 3 * trained}
     assert made.disk == states | {"model": weights + 4 * networks["decoder"]}

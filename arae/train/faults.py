@@ -82,26 +82,26 @@ def memory_told(recipe: Recipe, stage: str, source: Source, engine: Engine) -> I
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise out_of_memory(recipe, stage, source, _device_memory(engine.device)) from error
+        raise out_of_memory(recipe, stage, source, _device_memory(engine.device), engine) from error
 
 
-def out_of_memory(recipe: Recipe, stage: str, source: Source, there: int | None) -> InputError:
+def out_of_memory(recipe: Recipe, stage: str, source: Source, there: int | None, engine: Engine) -> InputError:
     """What is said of a step that does not fit; `there`: bytes of the device, None where unknown."""
     from arae.cost import Networks
+    from arae.footprint import footprint, largest_fitting
 
     part = recipe.encoder if stage == "encoder" else recipe.decoder
     assert part is not None
     networks = Networks(recipe, source.shape, len(source.classes))
-    count = networks.encoder_memory if stage == "encoder" else networks.decoder_memory
-    needed = sum(count(part.micro).values())
-    said = f"{stage}: out of memory; a micro-batch of {part.micro} images needs about {needed / GIB:.2f} GiB in float32"
+    needed = sum(footprint(networks, stage, engine.device, engine.size).values())
+    said = f"{stage}: out of memory; a micro-batch of {part.micro} images needs about {needed / GIB:.2f} GiB"
     if there is None:
         return InputError(f"{said}; set {stage}.micro_batch lower")
     said += f" (kernels and the allocator come on top), and the device has {there / GIB:.2f} GiB"
-    fitting = [m for m in range(1, part.micro) if part.batch % m == 0 and sum(count(m).values()) <= 0.9 * there]
-    if not fitting:
+    fitting = largest_fitting(networks, stage, engine.device, int(0.9 * there), engine.size, below=part.micro)
+    if fitting is None:
         return InputError(f"{said}: not even one image fits; take a device with more memory, or engine=deepspeed")
-    return InputError(f"{said}; the largest that should fit: {stage}.micro_batch={fitting[-1]}")
+    return InputError(f"{said}; the largest that should fit: {stage}.micro_batch={fitting}")
 
 
 def _device_memory(device: torch.device) -> int | None:

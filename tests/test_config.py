@@ -360,7 +360,7 @@ OTHER: dict[str, Any] = {
     "decoder.losses.pixel_norm": "l2", "decoder.losses.feature": 0.2, "decoder.losses.adversarial": 0.2,
     "decoder.losses.discriminator": 2.0, "decoder.losses.preset": "inversion", "decoder.normalisation": "signed",
     "decoder.comparator.name": "vgg16", "decoder.comparator.weights": "vgg16.pt", "decoder.comparator.layer": "conv2",
-    "decoder.augment": [],
+    "decoder.augment": [], "decoder.recompute": 3,
     "decoder.discriminator_lr": 0.1, "decoder.betas": [0.5, 0.9], "decoder.weight_decay": 0.1, "decoder.ema": 0.9,
     "evaluate.n": 7, "evaluate.batch": 8, "evaluate.attacks": [], "evaluate.looks": 4, "evaluate.lpips": None,
     "evaluate.lpips_weights": "w", "evaluate.protocol": "upscale", "evaluate.factors": [1, 4], "evaluate.images": "x",
@@ -398,7 +398,7 @@ def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
     document = Recipe.model_validate(WHOLE | {"decoder": {"steps": 1}}).digested()
     later = {"width", "objective", "radius_warmup", "quick_attack", "noise", "phases", "guard", "replays", "early_stop"}
     assert not later & set(document["encoder"])
-    assert not {"normalisation", "comparator", "augment"} & set(document["decoder"])
+    assert not {"normalisation", "comparator", "augment", "recompute"} & set(document["decoder"])
     assert "preset" not in document["decoder"]["losses"]
     assert "kind" not in document["encoder"]["attack"]
     assert not {"protocol", "factors", "images", "tile", "inversion", "looks"} & set(document["evaluate"])

@@ -333,7 +333,7 @@ class Comparator(Part):
 class Decoder(Stage):
     """The generator that inverts the features, and its training (Adam; Sec. A4.1 of the paper's appendix)."""
 
-    later = Stage.later | {"normalisation", "comparator", "augment"}
+    later = Stage.later | {"normalisation", "comparator", "augment", "recompute"}
 
     name: str = "mirror"
     """A network of `arae ls decoders`; `mirror` derives one from the feature and image shapes."""
@@ -345,6 +345,9 @@ class Decoder(Stage):
     """Default: the encoder itself."""
     augment: tuple[Augment, ...] | None = None
     """As `data.augment`, for the decoder's training alone (the authors' code: none); default: `data.augment`."""
+    recompute: Count = 1
+    """Parts of the decoder whose activations are computed anew in the backward pass, where the memory for them is
+    short: about a forward pass more for each step, the same numbers. 1 keeps them."""
     lr: Positive = 3e-4
     discriminator_lr: Positive = 12e-4
     betas: tuple[Fraction01, Fraction01] = (0.0, 0.9)

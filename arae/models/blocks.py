@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from arae.errors import InputError
+from arae.models.recompute import cuts, in_parts
 from arae.models.registry import Shape
 from arae.models.spectral import normalise_spectrum
 
@@ -25,6 +27,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.name, self.feature_shape, self.image_shape = name, feature_shape, image_shape
         self.layers = layers
+        self.ends: tuple[int, ...] = ()
         height, width = natural_size(layers, feature_shape[1], feature_shape[2])
         self.crop = height - image_shape[1], width - image_shape[2]
         if min(self.crop) < 0:
@@ -33,9 +36,19 @@ class Decoder(nn.Module):
                 f"{show(image_shape)}: use the decoder mirror, or images of that size"
             )
 
+    def recompute(self, parts: int) -> None:
+        """In training, keep what goes into each of so many parts alone: the rest is computed anew (`recompute`)."""
+        channels, sizes = self.feature_shape[0], list[int]()
+        for i, layer in enumerate(self.layers, start=1):
+            channels = int(getattr(layer, "out_channels", channels))
+            height, width = natural_size(self.layers[:i], *self.feature_shape[1:])
+            sizes.append(channels * height * width)
+        self.ends = cuts(self.layers, sizes, parts)
+
     def forward(self, z: Tensor) -> Tensor:
         """Images [N, C, H, W] in [0, 1] from features z [N, c, h, w]; (H, W) is `output_size(h, w)`."""
-        t = self.layers(z)
+        again = len(self.ends) > 1 and self.training and torch.is_grad_enabled()
+        t = in_parts(self.layers, z, self.ends) if again else self.layers(z)
         height, width = t.shape[2] - self.crop[0], t.shape[3] - self.crop[1]
         top, left = self.crop[0] // 2, self.crop[1] // 2
         return (t[:, :, top : top + height, left : left + width] + 1) / 2

@@ -103,7 +103,7 @@ def run_trip(recipe: Recipe, parent: Session, where: Where) -> list[Record]:
     """Train and measure one radius."""
     with session(recipe, parent=parent.recipe.name) as child:
         child.train(where)
-        return child.evaluate(where.torch_device())
+        return child.evaluate(where.alone())
 
 
 def report(recipe: Recipe, trips: Mapping[RunFolder, Recipe], records: list[Record], folder: RunFolder) -> Path:

@@ -72,6 +72,10 @@ class Where:
         there = self.device is not None and (self.device == "cpu" or torch.cuda.is_available())
         return torch.device(str(self.device)) if there else default_device()
 
+    def alone(self) -> Where:
+        """The same without workers."""
+        return replace(self, workers=None, most=None, address=None, cpus=None, gpus=None)
+
     def worker_device(self) -> torch.device:
         """What training will be on as far as can be told here: a cluster's head needs no GPU of its own."""
         if self.address is None or self.device == "cpu" or self.gpus == 0:

@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
+from arae.checkout import checkout_module
 from arae.config import Recipe
-from arae.evaluate import evaluate
+from arae.evaluate import alone, evaluate
 from arae.launch import Stop, Where, launch, refuse_another
 from arae.monitor.events import ending
 from arae.monitor.progress import Progress
@@ -51,9 +50,11 @@ class Session:
         with self.shared.lent():
             launch(self.recipe, self.folder, where, heard, stop)
 
-    def evaluate(self, device: torch.device) -> list[Record]:
-        """Measure, and mirror the records."""
-        records = evaluate(self.recipe, self.folder, device, self.progress.task, self.progress.note)
+    def evaluate(self, where: Where) -> list[Record]:
+        """Measure, by the workers where some are asked for, and mirror the records."""
+        workers = alone if where.workers is None else checkout_module("cluster.evaluate").OnCluster(where)
+        progress, device = self.progress, where.torch_device()
+        records = evaluate(self.recipe, self.folder, device, progress.task, progress.note, workers)
         self.tracker.log_records(records)
         return records
 

@@ -10,7 +10,7 @@ from training import tiny_recipe
 
 from arae import metrics
 from arae.config import Recipe
-from arae.evaluate import Evaluation
+from arae.evaluate import Batches, Evaluation, alone
 from arae.models import create_encoder
 from arae.models.autoencoder import Autoencoder, load_autoencoder, save_part
 from arae.records import Record
@@ -29,8 +29,9 @@ def stub() -> Autoencoder:
 
 
 def measured(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> list[Record]:
-    run = Evaluation(recipe, stub(), images, labels, lambda label, done, total: None)
-    return run.records()
+    batches = Batches(recipe, stub(), images)
+    with alone(batches) as do:
+        return Evaluation(batches, images, labels, do, lambda label, done, total: None).records()
 
 
 def test_every_value_is_what_it_says(tiny_npz: Path) -> None:

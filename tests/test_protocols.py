@@ -17,7 +17,8 @@ from arae.attacks import Outcome
 from arae.config import Attack, Recipe
 from arae.cost import Networks, Passes, attack_flops
 from arae.errors import InputError, Stopped
-from arae.evaluate import evaluate, inversion, invert, mapping, name_of, threat_of
+from arae.evaluate import alone, evaluate, invert, mapping, name_of, threat_of
+from arae.evaluate import batches as measuring
 from arae.evaluate.measure import described, evenly
 from arae.evaluate.run import held_out
 from arae.evaluate.upscale import enlarged, upscaled
@@ -154,7 +155,10 @@ def test_upscaled_images_are_judged_at_their_size(tiny_npz: Path) -> None:
     recipe = tiny_recipe(tiny_npz, evaluate__batch=9, evaluate__factors=[1, 3, 4, 3])
     images = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
     model, decoder = through(0.9)
-    records = {(r.protocol, r.metric): r for r in upscaled(recipe, model, images, lambda label, done, total: None)}
+    batches = measuring.Batches(recipe, model, images)
+    with alone(batches) as do:
+        found = upscaled(batches, images, do, lambda label, done, total: None)
+    records = {(r.protocol, r.metric): r for r in found}
     assert len(records) == 6
     for factor in (1, 3, 4):
         large = resize(images.double() / 255, [16 * factor, 16 * factor])
@@ -226,7 +230,7 @@ def test_a_stopped_inversion_goes_on(tiny_npz: Path, monkeypatch: pytest.MonkeyP
         batches.append(len(given[1]))
         return invert(*given)
 
-    monkeypatch.setattr(inversion, "invert", counted)
+    monkeypatch.setattr(measuring, "invert", counted)
     continued = evaluate(recipe, folder, CPU)
     assert batches == [2]  # the second batch alone
     assert [r.value for r in continued] == [r.value for r in whole]
@@ -253,7 +257,7 @@ def test_an_inversion_computes_damaged_parts_anew_and_removes_no_others(
     (part,) = (path for path in folder.evaluation.rglob("*.safetensors") if path != others)
     part.write_bytes(part.read_bytes()[:40])
     batches: list[int] = []
-    monkeypatch.setattr(inversion, "invert", lambda *given: batches.append(len(given[1])) or invert(*given))
+    monkeypatch.setattr(measuring, "invert", lambda *given: batches.append(len(given[1])) or invert(*given))
     assert [r.value for r in evaluate(recipe, folder, CPU)] == [r.value for r in whole]
     assert batches == [3, 2]
     assert [path for path in folder.evaluation.rglob("*") if path.is_file()] == [others]

@@ -177,6 +177,26 @@ def test_another_model_or_other_images_are_another_job(part, tmp_path):
     assert f"(other {part})" in said[0]
 
 
+def test_units_computed_elsewhere_are_the_same(tmp_path):
+    """Each from its own samples alone, in any order; and only those that the state lacks are asked for."""
+    model, x, y = job()
+    asked = []
+
+    def units(name, wanted):
+        made = {i: suite.suite_unit(model, x[rows], y[rows], THREAT, 5, name, i) for i, rows in reversed(wanted)}
+        asked.extend((name, i) for i, _ in wanted)
+        return (made[i] for i, _ in wanted)
+
+    whole = run(tmp_path)
+    assert same(run(units=units), whole)
+    assert ("apgd-t", 0) in asked
+    [path] = tmp_path.glob("*/apgd-t-00000.safetensors")
+    path.unlink()
+    asked.clear()
+    assert same(run(tmp_path, units=units), whole)
+    assert asked == [("apgd-t", 0)]
+
+
 def test_a_damaged_unit_is_computed_anew(tmp_path):
     whole = run(tmp_path)
     [unit] = tmp_path.glob("*/apgd-ce-00000.safetensors")

@@ -46,20 +46,27 @@ class Ledger:
         write_text(folder / MANIFEST, json.dumps(job, indent=2, sort_keys=True) + "\n")
         return cls(folder)
 
-    def unit(self, attack: str, index: int, compute: Callable[[], Unit]) -> Unit:
-        """A unit's outcome, bool [rows] and images [broken, C, H, W]: read if finished, else computed and kept."""
-        if self.folder is None:
-            return compute()
-        path = self.folder / f"{attack}-{index:05d}.safetensors"
-        if path.is_file():
-            try:
-                tensors = load(path.read_bytes())
-                return tensors["broken"], tensors["images"]
-            except (SafetensorError, KeyError):
-                path.unlink()  # damaged: computed anew
-        broken, images = compute()
-        write_bytes(path, save({"broken": broken, "images": images.contiguous()}))
-        return broken, images
+    def read(self, attack: str, index: int) -> Unit | None:
+        """A finished unit's outcome, bool [rows] and images [broken, C, H, W]; None where there is none yet."""
+        path = self._path(attack, index)
+        if path is None or not path.is_file():
+            return None
+        try:
+            tensors = load(path.read_bytes())
+            return tensors["broken"], tensors["images"]
+        except (SafetensorError, KeyError):
+            path.unlink()  # damaged: computed anew
+            return None
+
+    def keep(self, attack: str, index: int, unit: Unit) -> Unit:
+        """Write a unit's outcome; returns it."""
+        broken, images = unit
+        if path := self._path(attack, index):
+            write_bytes(path, save({"broken": broken, "images": images.contiguous()}))
+        return unit
+
+    def _path(self, attack: str, index: int) -> Path | None:
+        return self.folder / f"{attack}-{index:05d}.safetensors" if self.folder else None
 
 
 def describe(model: object, x: Tensor, y: Tensor, threat: Threat, budget: Mapping[str, Any]) -> dict[str, Any]:

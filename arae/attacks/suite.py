@@ -11,7 +11,6 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 
 from arae.attacks.apgd import apgd
 from arae.attacks.gradient import Model, check_images, evaluation_mode
-from arae.attacks.ledger import Ledger, describe
+from arae.attacks.ledger import Ledger, Unit, describe
 from arae.attacks.sanity import NO_GRADIENT, checks, square_remark
 from arae.attacks.threat import Threat
 from arae.errors import InputError
@@ -32,6 +31,10 @@ STEPS = 100  # of APGD and FAB
 QUERIES = 5000  # of Square
 TARGETS = 9
 ROUNDING = 1e-4  # of the radius: how far beyond the ball float32 may put a point of its surface
+
+
+Units = Callable[[str, Sequence[tuple[int, Tensor]]], Iterator[Unit]]
+"""(attack, [(number of the batch, its rows [n]), ...]) -> the units' outcomes, in that order."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ def autoattack(
     progress: Callable[[str, int, int], None] = _silent,
     log: Callable[[str], None] = _unheard,
     attacks: Sequence[str] = STANDARD,
+    units: Units | None = None,
 ) -> Outcome:
     """The worst case of each sample over the attacks of the suite, each run only on the samples still standing.
 
@@ -80,6 +84,7 @@ def autoattack(
     state: a folder for finished units; the same call goes on from it, bit for bit (on a CPU). A folder inside it
     belongs to one job: the same weights, images, labels, threat, seed, batch, attacks and versions; others' are left
     alone. progress: called with (attack, batches done, batches) after each batch. log: told in a line what was found.
+    units: computes units elsewhere, several at a time (each is `suite_unit`'s); default: here, one after the other.
 
     Torch's global random state, gradients and modes of the model are as before. Raises InputError where `pyautoattack`
     is missing; ValueError for images not in [0, 1], unknown attacks, or a state for a model that is no `nn.Module`.
@@ -98,7 +103,17 @@ def autoattack(
     if state is not None:
         budget = {"batch": batch, "seed": seed, "attacks": list(attacks), "steps": STEPS, "queries": QUERIES}
         ledger = Ledger.open(state, describe(model, x, y, threat, budget), log)
-    return suite.run(attacks, ledger, progress)
+    return suite.run(attacks, ledger, progress, units or suite.here)
+
+
+def suite_unit(model: Model, x: Tensor, y: Tensor, threat: Threat, seed: int, name: str, index: int) -> Unit:
+    """Which of a batch of samples an attack of the suite breaks, bool [N], and the images [broken, ...] that do it.
+
+    Arguments as in `autoattack`; `index`: the batch's number among those of this attack. Wants nothing of the others.
+    """
+    suite = _Suite(model, x, y, threat, len(x), seed)
+    with evaluation_mode(model), _frozen(model):
+        return suite.unit(name, index, torch.arange(len(x)))
 
 
 class _Suite:
@@ -109,7 +124,13 @@ class _Suite:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         self.device = next((parameter.device for parameter in parameters), x.device)
 
-    def run(self, attacks: Sequence[str], ledger: Ledger, progress: Callable[[str, int, int], None]) -> Outcome:
+    def here(self, name: str, wanted: Sequence[tuple[int, Tensor]]) -> Iterator[Unit]:
+        """Units of an attack, each when it is asked for."""
+        return (self.unit(name, index, rows) for index, rows in wanted)
+
+    def run(
+        self, attacks: Sequence[str], ledger: Ledger, progress: Callable[[str, int, int], None], units: Units
+    ) -> Outcome:
         """All units in order."""
         standing = torch.ones(len(self.x), dtype=torch.bool)
         adversarial = _to_float(self.x.cpu())
@@ -122,8 +143,10 @@ class _Suite:
                 broken_by[name] = 0
                 void = not standing.any() or (self.threat.eps == 0 and name != "clean")
                 batches = () if void else torch.nonzero(standing).squeeze(1).split(self.batch)
+                found = {i: unit for i in range(len(batches)) if (unit := ledger.read(name, i)) is not None}
+                made = units(name, [(i, rows) for i, rows in enumerate(batches) if i not in found])
                 for i, rows in enumerate(batches):
-                    broken, images = ledger.unit(name, i, partial(self.unit, name, i, rows))
+                    broken, images = found.pop(i) if i in found else ledger.keep(name, i, next(made))
                     adversarial[rows[broken]] = images
                     standing[rows[broken]] = False
                     broken_by[name] += int(broken.sum())

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from arae.cli.options import Device, Overrides, RecipeName, app, launches, one_trip, where_of
+from arae.cli.options import Overrides, RecipeName, app, launches, one_trip
 from arae.config import load_recipe
 from arae.runs import RunFolder
 
@@ -36,8 +36,9 @@ def train(
 
 
 @app.command()
-def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = None) -> None:
-    """Measure a trained run on held-out images, into records."""
+@launches()
+def evaluate(recipe: RecipeName, overrides: Overrides = None, *, where: Where) -> None:
+    """Measure a trained run on held-out images, into records; with --workers, batches are shared out over them."""
     loaded = load_recipe(recipe, overrides or ())
     from arae.models.autoencoder import load_autoencoder
     from arae.report import summary
@@ -47,7 +48,7 @@ def evaluate(recipe: RecipeName, overrides: Overrides = None, device: Device = N
     load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
 
     with session(loaded, trained=True) as run:
-        records = run.evaluate(where_of(None, None, device).torch_device())
+        records = run.evaluate(where)
     for line in summary(records):
         typer.echo(line)
     typer.echo(f"{run.folder.records}: {len(records)} records")

@@ -15,7 +15,7 @@ from arae.data.augment import to_float
 from arae.data.images import UnusableImageError, list_folder, open_rgb
 from arae.data.load import to_channels
 from arae.errors import InputError
-from arae.evaluate.mapping import Note, Progress
+from arae.evaluate.batches import Note, Progress
 from arae.evaluate.measure import Recorder, evenly
 from arae.evaluate.quality import Quality
 from arae.evaluate.tiles import Tiling, plan_tiles, reconstruct_tiled, seam_ratio

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save
@@ -18,13 +19,15 @@ from arae.attacks.threat import Threat
 from arae.config import Recipe
 from arae.data.augment import to_float
 from arae.errors import InputError
-from arae.evaluate.mapping import Progress
 from arae.evaluate.measure import Recorder
 from arae.evaluate.quality import Quality
 from arae.files import write_bytes
 from arae.models.autoencoder import Autoencoder, load_weights
 from arae.records import Record
 from arae.seeds import mix
+
+if TYPE_CHECKING:
+    from arae.evaluate.batches import Batches, Do, Progress
 
 _EVERY = 10  # descent steps between looks at the progress
 
@@ -68,37 +71,39 @@ def invert(
 
 
 def inverted(
-    recipe: Recipe, model: Autoencoder, images: Tensor, progress: Progress, state: Path, kept: list[Path]
+    batches: Batches, images: Tensor, do: Do, progress: Progress, state: Path, kept: list[Path]
 ) -> list[Record]:
     """Quality of the images found for the features of `images`, uint8 [n, C, H, W], as protocol `inversion`.
 
-    Each finished batch is kept under `state`, in a folder that `kept` is told, and not computed again. InputError: a
-    start from other images where there is one alone.
+    do: calls `batches`, or what is like it elsewhere. Each finished batch is kept under `state`, in a folder that
+    `kept` is told, and not computed again. InputError: a start from other images where there is one alone.
     """
-    settings = recipe.evaluate
+    recipe, model, settings = batches.recipe, batches.model, batches.recipe.evaluate
     if settings.inversion.start == "other" and len(images) < 2:
         raise InputError(
             "evaluate.inversion.start = other needs two images or more: raise evaluate.n, or start at noise"
         )
-    steps, size = settings.inversion.steps, settings.batch
+    size = settings.batch
     folder, quality = state / f"inversion-{_job(recipe, model, images)}", Quality(settings)
     kept.append(folder)
-    total = steps * -(-len(images) // size)
-    for i, begin in enumerate(range(0, len(images), size)):
-        x = to_float(images[begin : begin + size])
-        done = folder / f"{i}.safetensors"
-        found = _finished(done)
-        if found is None:
-            start = _start(recipe, images, begin, x, i)
+    spans = [(i, images[begin : begin + size]) for i, begin in enumerate(range(0, len(images), size))]
+    finished = {i: found for i, _ in spans if (found := _finished(folder / f"{i}.safetensors")) is not None}
+    wanted = [(i, x) for i, x in spans if i not in finished]
+    made = do("inverted", ((x, _start(recipe, images, i * size, to_float(x), i)) for i, x in wanted))
+    steps = settings.inversion.steps
+    for i, x in spans:
 
-            def told(step: int, before: int = i * steps) -> None:
-                if step % _EVERY == 0 or step == steps:
-                    progress("inversion", before + step, total)
+        def told(step: int, before: int = i * steps) -> None:
+            if step % _EVERY == 0 or step == steps:
+                progress("inversion", before + step, steps * len(spans))
 
-            found = _inverted(model, x, start, recipe, told).cpu()
+        batches.told = told
+        if (found := finished.pop(i, None)) is None:
+            found = next(made)
             folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(done, save({"images": found}))
-        quality.add(found.to(x.device), x)
+            write_bytes(folder / f"{i}.safetensors", save({"images": found}))
+        told(steps)
+        quality.add(found.to(x.device), to_float(x))
     return Recorder(recipe, model, decoder=False).quality(quality, "inversion", stage="encoder")
 
 
@@ -109,16 +114,6 @@ def _finished(path: Path) -> Tensor | None:
     except InputError:
         path.unlink()
         return None
-
-
-def _inverted(model: Autoencoder, x: Tensor, start: Tensor, recipe: Recipe, told: Callable[[int], None]) -> Tensor:
-    def features(images: Tensor) -> Tensor:
-        return model.encoder.features(images, model.layer)
-
-    settings = recipe.evaluate.inversion
-    with torch.no_grad():
-        target = features(x)
-    return invert(features, target, start, settings.steps, settings.step_size, told)
 
 
 def _start(recipe: Recipe, images: Tensor, begin: int, x: Tensor, number: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,12 @@ class Quality:
             self.values.setdefault("lpips", []).append(metrics.lpips(again, x, net=self.net, weights=self.weights))
         except metrics.MetricUnavailable as error:
             self.missing["lpips"] = str(error)
+
+    def take(self, measured: Mapping[str, Tensor], missing: Mapping[str, str]) -> None:
+        """Add what another has measured, of other images."""
+        for name, values in measured.items():
+            self.values.setdefault(name, []).append(values)
+        self.missing |= missing
 
     @property
     def measured(self) -> dict[str, Tensor]:

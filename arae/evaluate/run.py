@@ -12,9 +12,10 @@ from torch import Tensor
 from arae.config import Recipe
 from arae.data.load import open_source
 from arae.errors import InputError, Stopped
+from arae.evaluate.batches import Batches, Note, Progress, Workers, alone
 from arae.evaluate.highres import high_resolution
 from arae.evaluate.inversion import inverted
-from arae.evaluate.mapping import Evaluation, Note, Progress
+from arae.evaluate.mapping import Evaluation
 from arae.evaluate.measure import evenly
 from arae.evaluate.upscale import upscaled
 from arae.models.autoencoder import Autoencoder, load_autoencoder
@@ -31,12 +32,14 @@ def evaluate(
     device: torch.device,
     progress: Progress = lambda label, done, total: None,
     note: Note = lambda text: None,
+    workers: Workers = alone,
 ) -> list[Record]:
     """Measure what `recipe.evaluate` asks of the run's model; returns the new records.
 
     They take the place of those of the same protocol in the folder's `records.jsonl`; those of other protocols stay.
-    `note` is told in a line what is left out, or found to go on from. What is finished of AutoAttack and of the
-    inversion is kept in the folder until the records are written: the same call after a kill goes on from there.
+    `note` is told in a line what is left out, or found to go on from. `workers`: who measures the batches; default:
+    this process; the records are the same. What is finished of AutoAttack and of the inversion is kept in the folder
+    until the records are written: the same call after a kill goes on from there.
 
     Raises InputError where there is no model, it lacks the decoder that the protocol needs, the held-out images do not
     fit it, or `records.jsonl` holds something else; Stopped on Ctrl-C where finished parts are kept.
@@ -50,7 +53,7 @@ def evaluate(
         )
     kept, state, parts = others(folder, protocol), folder.evaluation / protocol, list[Path]()
     try:
-        records = _measured(recipe, model, state, parts, progress, note)
+        records = _measured(recipe, model, state, parts, progress, note, workers)
     except KeyboardInterrupt:
         if not state.is_dir():
             raise
@@ -67,18 +70,28 @@ def evaluate(
 
 
 def _measured(
-    recipe: Recipe, model: Autoencoder, state: Path, parts: list[Path], progress: Progress, note: Note
+    recipe: Recipe,
+    model: Autoencoder,
+    state: Path,
+    parts: list[Path],
+    progress: Progress,
+    note: Note,
+    workers: Workers,
 ) -> list[Record]:
     """The records; `parts` is told which folders under `state` they were finished from."""
     protocol = recipe.evaluate.protocol
     if protocol == "high-resolution":
+        if workers is not alone:
+            raise InputError("--workers: evaluate.protocol = high-resolution takes its files one by one; leave it out")
         return high_resolution(recipe, model, progress, note)
     images, labels = held_out(recipe, model, model.device)
-    if protocol == "upscale":
-        return upscaled(recipe, model, images, progress)
-    if protocol == "inversion":
-        return inverted(recipe, model, images, progress, state, parts)
-    return Evaluation(recipe, model, images, labels, progress, note, state, parts).records()
+    batches = Batches(recipe, model, images)
+    with workers(batches) as do:
+        if protocol == "upscale":
+            return upscaled(batches, images, do, progress)
+        if protocol == "inversion":
+            return inverted(batches, images, do, progress, state, parts)
+        return Evaluation(batches, images, labels, do, progress, note, state, parts).records()
 
 
 def others(folder: RunFolder, protocol: str) -> list[Record]:

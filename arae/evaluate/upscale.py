@@ -2,35 +2,36 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.nn.functional as F
 from torch import Tensor
 
-from arae.config import Recipe
-from arae.data.augment import to_float
-from arae.evaluate.mapping import Progress
 from arae.evaluate.measure import Recorder
 from arae.evaluate.quality import Quality
-from arae.models.autoencoder import Autoencoder
 from arae.records import Record
 
+if TYPE_CHECKING:
+    from arae.evaluate.batches import Batches, Do, Progress
 
-def upscaled(recipe: Recipe, model: Autoencoder, images: Tensor, progress: Progress) -> list[Record]:
+
+def upscaled(batches: Batches, images: Tensor, do: Do, progress: Progress) -> list[Record]:
     """For each factor L, the quality of the reconstructions of the enlarged images, as protocol `upscale-L`.
 
-    images: uint8 [n, C, H, W] at the training size. They are enlarged first, then encoded and decoded at the larger
-    size, and compared with the enlarged image there. A batch shrinks by L², so that it takes no more memory than one at
-    the training size, as far as single images allow.
+    images: uint8 [n, C, H, W] at the training size; do: calls `batches`, or what is like it elsewhere. They are
+    enlarged first, then encoded and decoded at the larger size, and compared with the enlarged image there. A batch
+    shrinks by L², so that it takes no more memory than one at the training size, as far as single images allow.
     """
-    recorder, settings = Recorder(recipe, model), recipe.evaluate
+    settings = batches.recipe.evaluate
+    recorder = Recorder(batches.recipe, batches.model)
     records: list[Record] = []
     for factor in dict.fromkeys(settings.factors):
         protocol, quality = f"upscale-{factor}", Quality(settings)
         size = max(1, settings.batch // factor**2)
-        for start in range(0, len(images), size):
-            progress(protocol, start, len(images))
-            x = enlarged(to_float(images[start : start + size]), factor)
-            quality.add(model.reconstruct(x), x)
-        progress(protocol, len(images), len(images))
+        progress(protocol, 0, len(images))
+        for i, found in enumerate(do("upscaled", ((factor, x) for x in images.split(size))), start=1):
+            quality.take(found.quality, found.missing)
+            progress(protocol, min(i * size, len(images)), len(images))
         records += recorder.quality(quality, protocol)
     return records
 

@@ -1,0 +1,67 @@
+"""`arae evaluate --workers`: the records of one process, also where a worker is killed on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from evaluating import CPU, run_folder
+from test_cluster_encode import below
+
+from arae.evaluate import evaluate
+from arae.records import Record, read_records
+
+pytest.importorskip("ray", reason="Ray is not installed")
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.integration]
+
+WAIT_S = 120.0
+PGD = {"norm": "l2", "eps": 0.5, "steps": 40}
+APGD = {"kind": "apgd", "norm": "linf", "eps": 0.03, "steps": 40}
+PROTOCOLS: dict[str, dict[str, Any]] = {
+    "map": {"evaluate__attacks": [PGD, APGD]},
+    "inversion": {"evaluate__inversion": {"steps": 200}},
+    "upscale": {"evaluate__factors": [1, 2]},
+}
+
+
+def command(folder: Path, *words: object) -> subprocess.Popen[str]:
+    line = [sys.executable, "-m", "arae", "evaluate", str(folder), "--device", "cpu", *map(str, words)]
+    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def told(records: list[Record]) -> list[tuple[object, ...]]:
+    """What was measured, to what threads and kernels leave alike."""
+    return [(r.metric, r.protocol, r.threat, r.value and round(r.value, 3), r.n, r.reason) for r in records]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_the_records_are_those_of_one_process(protocol: str, tiny_npz: Path) -> None:
+    recipe, folder = run_folder(
+        tiny_npz, evaluate__protocol=protocol, evaluate__batch=3, evaluate__lpips=None, **PROTOCOLS[protocol]
+    )
+    folder.create(recipe)
+    alone = evaluate(recipe, folder, CPU)
+    folder.records.unlink()
+    with command(folder.path, "--workers", 2) as process:
+        if protocol == "map":  # one of the workers does not live to see the end
+            until = time.monotonic() + WAIT_S
+            while not (workers := below(process.pid, b"ray::Measurer.do")) and time.monotonic() < until:
+                time.sleep(0.02)
+            os.kill(workers[0], signal.SIGKILL)
+        said = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 0, said
+    assert told(read_records(folder.records)) == told(alone)
+
+
+def test_files_at_their_own_size_are_for_one_process(tiny_npz: Path, tmp_path: Path) -> None:
+    changes = {"evaluate__protocol": "high-resolution", "evaluate__images": str(tmp_path)}
+    recipe, folder = run_folder(tiny_npz, **changes)
+    folder.create(recipe)
+    with command(folder.path, "--workers", 2) as process:
+        _, error = process.communicate(timeout=WAIT_S)
+    assert process.returncode == 2
+    assert "high-resolution takes its files one by one" in error

@@ -136,9 +136,7 @@ class Networks:
         micro-batches the discriminator's half of the step reconstructs on its own.
         """
         assert self.decoding is not None
-        part = self.recipe.decoder
-        again = part is not None and part.recompute > 1
-        total = self.tap.forward + self.generate.to_weights + self.generate.forward * again
+        total = self.tap.forward + self.generate.to_weights  # with a forward pass more where it is recomputed
         if self.decoding.apart and (self.decoding.weights.feature or self.discriminator is not None):
             total += self.compare.forward
         if self.decoding.weights.feature:

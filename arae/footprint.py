@@ -22,13 +22,15 @@ from torch.utils._pytree import tree_iter
 from arae.attacks.gradient import perturb
 from arae.config import Attack, Recipe
 from arae.cost import Networks
+from arae.evaluate.inversion import invert
+from arae.precision import resolve_precision
 from arae.train.decoder import DecoderTrainer
 from arae.train.encoder import EncoderTrainer
 from arae.train.engine import Engine, Network
 from arae.train.micro import Micro
 
 NETWORKS = ("encoder", "decoder", "discriminator", "comparator")
-SOME = {"encoder": 2, "decoder": 3}
+SOME = 3
 """Micro-batches of a step that are really gone through: the last is as all further ones would be."""
 FEW = 2
 """Steps of an attack that show what all of them hold: each lets go of what the one before held."""
@@ -77,7 +79,8 @@ class _BareEngine(Engine):
 
     def __init__(self, device: torch.device, precision: str) -> None:
         # Scaling a loss looks at numbers. bf16 takes as much.
-        super().__init__(device, "bf16" if precision == "fp16" else precision)
+        found = resolve_precision(precision, device)
+        super().__init__(device, "bf16" if found == "fp16" else found, alone=True)
 
     def place(self, module: Network) -> Network:
         """As ever; but PyTorch's own way to move a module can't be used on tensors without data."""
@@ -108,10 +111,10 @@ def footprint(networks: Networks, stage: str, device: torch.device, workers: int
     part = networks.recipe.encoder if stage == "encoder" else networks.recipe.decoder
     assert part is not None
     share = max(1, part.batch // part.micro // workers)
-    found = _of_step(networks, stage, device, min(share, SOME[stage]))
-    if share > SOME[stage]:  # each micro-batch more is held as the one before it: its images, and its codes
-        one_less = _of_step(networks, stage, device, SOME[stage] - 1)
-        found["activations"] += (share - SOME[stage]) * (found["activations"] - one_less["activations"])
+    found = _of_step(networks, stage, device, min(share, SOME))
+    if share > SOME:  # each micro-batch more is held as the one before it: its images, and its codes
+        one_less = _of_step(networks, stage, device, SOME - 1)
+        found["activations"] += (share - SOME) * (found["activations"] - one_less["activations"])
     return found
 
 
@@ -143,23 +146,27 @@ def _of_step(networks: Networks, stage: str, device: torch.device, micros: int) 
 
 
 def evaluation_footprint(networks: Networks, device: torch.device) -> dict[str, int]:
-    """The same for evaluation, in batches of the recipe's size: the recipe's first attack, or a reconstruction."""
-    settings = networks.recipe.evaluate
-    attack = next((one for one in settings.attacks if one.eps), None)
+    """The same for evaluation, in batches of the recipe's size: a gradient attack or a descent, then a reconstruction,
+    as far as the recipe's protocol has them."""
+    settings, protocol = networks.recipe.evaluate, networks.recipe.evaluate.protocol
+    attack = next((one for one in settings.attacks if one.eps and protocol in ("map", "robustness")), None)
     with _without_data(networks, ("encoder", "decoder")) as (held, bare):
         engine = _BareEngine(device, "fp32")
         encoder = engine.place(bare.encoder).eval().requires_grad_(False)
         micro = _micro(networks, engine, settings.batch, 0, 1)
         images = micro.images
         if attack is not None:
-            pgd = Attack(norm=attack.norm, eps=attack.eps, steps=FEW)
-            images = perturb(encoder, images, micro.labels, pgd)
+            images = perturb(encoder, images, micro.labels, Attack(norm=attack.norm, eps=attack.eps, steps=FEW))
         weights = list(encoder.parameters())
-        if bare.decoder is not None:
+        with torch.no_grad():
+            features = encoder.features(images, networks.layer)
+        if protocol == "inversion":
+            invert(lambda x: encoder.features(x, networks.layer), features, images, FEW, 1.0)
+        elif bare.decoder is not None and protocol != "robustness":
             decoder = engine.place(bare.decoder).eval().requires_grad_(False)
             weights += decoder.parameters()
             with torch.no_grad():
-                decoder(encoder.features(images, networks.layer))
+                decoder(features)
         size = _bytes(weights)
         return {"weights": size, "activations": held.most - size}
 
@@ -186,11 +193,31 @@ def largest_fitting(
     return sizes[low - 1] if low else None
 
 
+def one_step(networks: Networks, stage: str) -> None:
+    """What `footprint` predicts, on a CPU and with data: the networks are trained for two steps, the second counts."""
+    recipe = _few_steps(networks.recipe)
+    part = recipe.encoder if stage == "encoder" else recipe.decoder
+    assert part is not None
+    engine = Engine(torch.device("cpu"), recipe.precision)
+    trainer = _trainer(stage, recipe, networks, engine)
+    count = part.batch // part.micro
+    for step in (0, 1):
+        trainer.step(step, [_micro(networks, engine, part.micro, i, count) for i in range(count)])
+
+
+def without_unused(networks: Networks, stage: str) -> Networks:
+    """The same without the networks that a stage has nothing to do with."""
+    bare = copy.copy(networks)
+    if stage == "encoder":
+        bare.decoder = bare.discriminator = bare.comparator = None
+    return bare
+
+
 def _few_steps(recipe: Recipe) -> Recipe:
     """The recipe with an attack that holds as much and is over sooner, at whole images and without data's say."""
     changes: dict[str, Any] = {"encoder.phases": [], "encoder.early_stop": None, "encoder.radius_warmup": 0.0}
     if recipe.encoder.attack.eps:
-        changes["encoder.attack.steps"] = min(recipe.encoder.attack.steps, FEW)
+        changes |= {"encoder.attack.steps": min(recipe.encoder.attack.steps, FEW), "encoder.attack.restarts": 1}
     return recipe.replace(changes)
 
 
@@ -213,7 +240,7 @@ def _trainer(stage: str, recipe: Recipe, bare: Networks, engine: Engine) -> Enco
 
 
 def _micro(networks: Networks, engine: Engine, size: int, index: int, of: int) -> Micro:
-    images = torch.empty(size, *networks.shape, device=engine.device, dtype=engine.images_dtype)
+    images = torch.full((size, *networks.shape), 0.5, device=engine.device, dtype=engine.images_dtype)
     labels = torch.zeros(size, dtype=torch.int64, device=engine.device)
     return Micro(images.contiguous(memory_format=torch.channels_last), labels, index, of)
 

@@ -68,13 +68,13 @@ class Where:
         self._check_numbers()
 
     def torch_device(self) -> torch.device:
-        """The device of an in-process run, and of evaluation: one of this machine's."""
+        """The device of an in-process run, and of an evaluation's driver: one of this machine's."""
         there = self.device is not None and (self.device == "cpu" or torch.cuda.is_available())
         return torch.device(str(self.device)) if there else default_device()
 
     def alone(self) -> Where:
-        """The same without workers."""
-        return replace(self, workers=None, most=None, address=None, cpus=None, gpus=None)
+        """This process alone, on this machine's device."""
+        return Where(device=str(self.torch_device()))
 
     def worker_device(self) -> torch.device:
         """What training will be on as far as can be told here: a cluster's head needs no GPU of its own."""

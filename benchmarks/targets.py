@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks import evaluate, time_to_robust
+from benchmarks import evaluate, memory, time_to_robust
 from benchmarks.harness import RESULTS, Result, ratios
 
 BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
@@ -80,6 +80,11 @@ def _time_to_robust() -> Ratios:
     return shares
 
 
+def _memory() -> Ratios:
+    """How far each prediction is off."""
+    return memory.off(memory.Record.model_validate_json(memory.OUT.read_text()))
+
+
 _BF16 = "over arae bf16"
 TARGETS = (
     Target("PGD-7 step, AlexNet 224 px, CPU: the reference library's as shipped over ours", "pgd-alexnet", 2.4,
@@ -97,6 +102,7 @@ TARGETS = (
            _ratio("loading-folder", "ImageFolder over arae raw")),
     Target("Time to PGD-7's robust accuracy minus 1 point, share of PGD-7's", "time-to-robust/fashion-mnist", 1 / 3,
            _time_to_robust, most=True),
+    Target("Peak memory of a step: by how much of it `plan` is off", "memory/steps", 0.15, _memory, most=True),
     Target("Evaluations of the cascade, share of AutoAttack's", "evaluate/fashion-mnist", 0.25, _cascade, most=True),
     Target("PGD-7 step, AlexNet 224 px, GPU: the reference library's over ours", "pgd-alexnet-cuda", 4.0,
            _ratio("pgd-alexnet-cuda", f"robustness {_BF16}")),

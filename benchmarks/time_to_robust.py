@@ -7,7 +7,7 @@ images under PGD-10, for the curves. small-cnn at half its width on 6,000 images
 
 - `l2`, radius 0.5: every recipe against PGD-7 (34 epochs), pairwise on the same images. Each has its schedule fall to
   zero at its own end, so a shorter training is one that was meant to be short.
-- `linf`, radius 0.2: what single steps can do to a training (catastrophic overfitting), and what guards against it.
+- `linf`, radius 0.1: what single steps can do to a training (catastrophic overfitting), and what guards against it.
 
 n = 3 seeds each, the recipes of a seed one after the other; no warm-up, as a run is thousands of steps.
 `python -m benchmarks.time_to_robust` makes the runs that the record lacks (all: about an hour on two cores, one run on
@@ -75,7 +75,7 @@ BASE: dict[str, Any] = {
 }
 TASKS: dict[str, Attack] = {
     "l2": Attack(norm="l2", eps=0.5, steps=7),
-    "linf": Attack(norm="linf", eps=0.2, steps=7),
+    "linf": Attack(norm="linf", eps=0.1, steps=7),
 }
 ONE = {"attack.steps": 1}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -91,8 +91,8 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "linf": {
         "PGD-7": {"steps": 800},
-        "FGSM": ONE | {"attack.step_size": 0.2, "steps": 800},
-        "FGSM, guarded": ONE | {"attack.step_size": 0.2, "steps": 800, "guard": {}},
+        "FGSM": ONE | {"attack.step_size": 0.1, "steps": 800},
+        "FGSM, guarded": ONE | {"attack.step_size": 0.1, "steps": 800, "guard": {}},
         "N-FGSM": ONE | {"noise": 2.0, "steps": 800},
     },
 }
@@ -255,16 +255,17 @@ def read(path: Path) -> Record:
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     empty = Record(about=about, recipes=RECIPES, common=common(), git=provenance.git_revision(), time=provenance.now())
     record = Record.model_validate_json(path.read_text()) if path.is_file() else empty
-    if record.common != empty.common:
+    if any(record.common.get(key) != empty.common[key] for key in ("base", "judge")):
         return empty
     same = {
         (task, name)
         for task, recipes in RECIPES.items()
         for name, changes in recipes.items()
         if record.recipes.get(task, {}).get(name) == changes
+        and record.common["tasks"].get(task) == empty.common["tasks"][task]
     }
     kept = tuple(run for run in record.runs if (run.task, run.recipe) in same)
-    return record.model_copy(update={"about": about, "recipes": RECIPES, "runs": kept})
+    return record.model_copy(update={"about": about, "recipes": RECIPES, "common": empty.common, "runs": kept})
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from arae.launch import Where
 from arae.storage import is_url, without_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
-OBJECT_STORE_BYTES = 256 * 2**20  # batches never go through Ray: the workers read their own
+OBJECT_STORE_BYTES = 256 * 2**20  # training reads its batches itself; what an evaluation sends beyond this goes to disk
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray tells a submitted job's driver what its runtime environment is
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",

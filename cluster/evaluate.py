@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-import copy
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from arae.config import Recipe
 from arae.errors import AraeError, Stopped, last_line
-from arae.evaluate import Batches, Do
+from arae.evaluate import Batches, Team
+from arae.evaluate.batches import device_name
 from arae.launch import Where
+from arae.models.autoencoder import Packed, unpacked
 from cluster.connect import address_of, connect
 from cluster.launch import room_for, wants_gpu
 
@@ -31,12 +35,12 @@ class OnCluster:
         self.where = where
 
     @contextmanager
-    def __call__(self, batches: Batches) -> Iterator[Do]:
+    def __call__(self, batches: Batches) -> Iterator[Team]:
         """Start the workers, and let them go in the end. The networks go to them through Ray, the images by the batch.
 
-        A worker that dies is started anew, up to `where.restarts` times, and its batches are measured again. Calls
-        raise what the measuring raised; Stopped where no worker finds room within `where.wait` minutes; AraeError
-        where one dies too often.
+        The batches of a worker that dies are given to others, and another worker is started, up to `where.restarts`
+        times. Calls raise what the measuring raised; Stopped where there has been no worker for `where.wait` minutes;
+        AraeError where workers die too often, or the cluster is lost.
         """
         handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         connect(self.where)
@@ -48,29 +52,28 @@ class OnCluster:
         made = ray.remote(
             num_cpus=self.where.cpus or 1,
             num_gpus=int(gpu),
-            max_restarts=self.where.restarts,
-            max_task_retries=self.where.restarts,
-            scheduling_strategy="SPREAD",
+            scheduling_strategy="SPREAD" if self.where.placement == "spread" else "DEFAULT",
         )(Measurer)
-        networks = ray.put(_bare(batches))
-        count = self.where.most or self.where.workers or 1
-        workers: list[Any] = [made.remote(networks, "cuda" if gpu else "cpu") for _ in range(count)]
+        sent = ray.put((batches.recipe, batches.model.packed(), batches.mean))
+        crew = _Crew(lambda: made.remote(sent, "cuda" if gpu else "cpu", str(Path.cwd())), self.where)
         try:
-            yield _Crew(workers, self.where).do
+            yield crew
         finally:
-            for worker in workers:
-                ray.kill(worker)
+            crew.let_go()
 
 
 class Measurer:
     """One worker."""
 
-    def __init__(self, batches: Batches, device: str) -> None:
-        batches.model.to(torch.device(device))
-        self.batches = batches
+    def __init__(self, sent: tuple[Recipe, Packed, Tensor | None], device: str, cwd: str) -> None:
+        if os.path.isdir(cwd):
+            os.chdir(cwd)  # Ray starts workers elsewhere, and a recipe's paths may be relative
+        recipe, packed, mean = sent
+        self.batches = Batches(recipe, unpacked(packed).to(torch.device(device)), mean)
 
-    def ready(self) -> None:
-        """Return once there is a worker."""
+    def ready(self) -> str:
+        """What it measures on."""
+        return device_name(self.batches.model.device)
 
     def do(self, method: str, call: tuple[Any, ...]) -> Any:
         """Measure one batch."""
@@ -78,76 +81,126 @@ class Measurer:
 
 
 class _Crew:
-    """Who of the workers is free; those that find no room yet are not waited for while others are there."""
+    """The workers, and who of them is free."""
 
-    def __init__(self, workers: list[Any], where: Where) -> None:
-        self.where, self.free = where, deque[Any]()
-        self.coming = {worker.ready.remote(): worker for worker in workers}
+    def __init__(self, start: Any, where: Where) -> None:
+        self.start, self.where, self.deaths = start, where, 0
+        self.free, self.devices = deque[Any](), set[str]()
+        self.coming: dict[Any, Any] = {}
+        self.there: list[Any] = []
+        self.gone: list[Any] = []
+        self.seen = time.monotonic()
+        """When there was a worker last."""
+        for _ in range(where.most or where.workers or 1):
+            self._add()
 
-    def do(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
-        """As `Do`; several calls at a time, and no more than the workers can hold."""
-        left, running, found, sent, given = iter(calls), dict[Any, tuple[int, Any]](), dict[int, Any](), 0, 0
+    def device(self) -> str:
+        """See `Team`."""
+        return ", ".join(sorted(self.devices))
+
+    def do(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """See `Team`: several calls at a time, and no more than the workers can hold."""
+        left, running = enumerate(calls), dict[Any, tuple[int, tuple[Any, ...], Any]]()
+        again = deque[tuple[int, tuple[Any, ...]]]()
         more = True
-        while more or running or found:
-            while more and self.free and len(found) < AHEAD * len(self.free) + len(running) + 1:
-                call = next(left, None)
-                if call is None:
+        while True:
+            while self.free and (more or again):
+                one = again.popleft() if again else next(left, None)
+                if one is None:
                     more = False
                     break
+                place, call = one
                 worker = self.free.popleft()
-                running[worker.do.remote(method, tuple(map(_shipped, call)))] = sent, worker
-                sent += 1
-            while given in found:
-                yield found.pop(given)
-                given += 1
-            if more and not self.free and not running:
-                self._await_one()
-            self._collect(running, found)
+                running[worker.do.remote(method, tuple(map(_shipped, call)))] = place, call, worker
+            if not (running or again or more):
+                return
+            for ref in self._looked(running):
+                place, call, worker = running.pop(ref)
+                try:
+                    value = _value(ref)
+                except _LostError as lost:
+                    again.append((place, call))
+                    self._mourn(worker, lost)
+                    continue
+                self.free.append(worker)
+                yield place, value
 
-    def _collect(self, running: dict[Any, tuple[int, Any]], found: dict[int, Any]) -> None:
-        """What has come in by now, or comes within a moment."""
+    def let_go(self) -> None:
+        """End all workers."""
         import ray
 
-        if not running and not self.coming:
-            return
-        for ref in ray.wait([*running, *self.coming], timeout=LOOK_S if running else 0)[0]:
-            if ref in self.coming:
-                self.free.extend([self.coming.pop(ref)] * AHEAD)
+        for worker in (*self.there, *self.coming.values()):
+            with suppress(Exception):  # whatever Ray lacks by now, what ends the evaluation is said elsewhere
+                ray.kill(worker)
+
+    def _looked(self, running: Iterable[Any]) -> list[Any]:
+        """Which calls have ended by now, or end within a moment; newcomers are made free on the way."""
+        import ray
+        from ray.exceptions import RayError
+
+        refs = [*self.coming, *running]
+        try:
+            ended = ray.wait(refs, num_returns=len(refs), timeout=0)[0] or ray.wait(refs, timeout=LOOK_S)[0]
+        except RayError as error:
+            raise AraeError(f"the Ray cluster does not answer any more ({last_line(error)})") from None
+        for ref in [ref for ref in ended if ref in self.coming]:
+            worker = self.coming.pop(ref)
+            try:
+                self.devices.add(_value(ref))
+            except _LostError as lost:
+                self._mourn(worker, lost)
                 continue
-            index, worker = running.pop(ref)
-            found[index] = _value(ref)
-            self.free.append(worker)
+            self.there.append(worker)
+            self.free.extend([worker] * AHEAD)
+        self._bear()
+        return [ref for ref in ended if ref not in self.coming and ref in running]
 
-    def _await_one(self) -> None:
-        """Return when there is a worker."""
-        import ray
+    def _bear(self) -> None:
+        """Stopped where there has been no worker for too long."""
+        if self.there:
+            self.seen = time.monotonic()
+        elif time.monotonic() - self.seen > 60 * self.where.wait:
+            said = room_for(self.where)[1]
+            raise Stopped(f"gave up after {self.where.wait:g} min: {said}; the same command goes on")
 
-        until = time.monotonic() + 60 * self.where.wait
-        while not ray.wait(list(self.coming), timeout=LOOK_S)[0]:
-            if time.monotonic() > until:
-                said = room_for(self.where)[1]
-                raise Stopped(f"gave up after {self.where.wait:g} min: {said}; the same command goes on")
+    def _mourn(self, worker: Any, lost: _LostError) -> None:
+        """A worker has died: another in its place, once, however many of its calls are lost."""
+        self.free = deque(one for one in self.free if one is not worker)
+        if any(one is worker for one in self.gone):
+            return
+        self.gone.append(worker)
+        self.there = [one for one in self.there if one is not worker]
+        self.deaths += 1
+        if self.deaths > self.where.restarts:
+            raise AraeError(
+                f"workers of the evaluation died {self.deaths} times ({lost}); Ray's logs have the whole of it"
+            )
+        self._add()
+
+    def _add(self) -> None:
+        worker = self.start()
+        self.coming[worker.ready.remote()] = worker
+
+
+class _LostError(Exception):
+    """A call whose worker is gone."""
 
 
 def _value(ref: Any) -> Any:
     """What a call returned; what it raised, raised here."""
     import ray
-    from ray.exceptions import RayActorError, RayTaskError
+    from ray.exceptions import RayActorError, RayError, RayTaskError
 
     try:
         return ray.get(ref)
     except RayTaskError as error:
         raise error.cause from None
     except RayActorError as error:
-        raise AraeError(f"a worker of the evaluation died too often ({last_line(error)}); see Ray's logs") from None
-
-
-def _bare(batches: Batches) -> Batches:
-    """As it goes to the workers: on the CPU, and with nobody who listens."""
-    sent = copy.copy(batches)
-    sent.told = None
-    sent.model = copy.deepcopy(batches.model).to(torch.device("cpu"))
-    return sent
+        raise _LostError(last_line(error)) from None
+    except RayError as error:
+        raise AraeError(
+            f"a worker of the evaluation failed ({last_line(error)}); Ray's logs have the whole of it"
+        ) from None
 
 
 def _shipped(value: Any) -> Any:

@@ -29,9 +29,9 @@ def stub() -> Autoencoder:
 
 
 def measured(recipe: Recipe, images: torch.Tensor, labels: torch.Tensor) -> list[Record]:
-    batches = Batches(recipe, stub(), images)
-    with alone(batches) as do:
-        return Evaluation(batches, images, labels, do, lambda label, done, total: None).records()
+    batches = Batches.of(recipe, stub(), images)
+    with alone(batches) as team:
+        return Evaluation(batches, images, labels, team, lambda label, done, total: None).records()
 
 
 def test_every_value_is_what_it_says(tiny_npz: Path) -> None:

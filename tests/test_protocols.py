@@ -155,9 +155,9 @@ def test_upscaled_images_are_judged_at_their_size(tiny_npz: Path) -> None:
     recipe = tiny_recipe(tiny_npz, evaluate__batch=9, evaluate__factors=[1, 3, 4, 3])
     images = torch.randint(0, 256, (10, 3, 16, 16), dtype=torch.uint8)
     model, decoder = through(0.9)
-    batches = measuring.Batches(recipe, model, images)
-    with alone(batches) as do:
-        found = upscaled(batches, images, do, lambda label, done, total: None)
+    batches = measuring.Batches.of(recipe, model, images)
+    with alone(batches) as team:
+        found = upscaled(batches, images, team, lambda label, done, total: None)
     records = {(r.protocol, r.metric): r for r in found}
     assert len(records) == 6
     for factor in (1, 3, 4):

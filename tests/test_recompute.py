@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from test_footprint import CPU, networks, recipe
 
-from arae.config import Recipe
+from arae.config import Recipe, load_recipe
 from arae.cost import Networks
 from arae.errors import InputError
 from arae.footprint import footprint
@@ -75,15 +73,9 @@ def test_a_step_holds_less_and_ends_at_the_same_weights() -> None:
     assert steps[1] - steps[0] == networks(plain).generate.forward
 
 
-def test_other_decoders_are_refused(tmp_path: Path) -> None:
-    made = recipe(decoder__recompute=2, decoder__name="alexnet-wavelet")
+def test_what_can_not_be_recomputed_is_refused() -> None:
+    made = load_recipe("imagenet-alexnet", ["encoder.name=alexnet-wavelet", "decoder.name=alexnet-wavelet"])
     with pytest.raises(InputError, match=r"decoder.recompute = 2: alexnet-wavelet is not layers in a row"):
-        DecoderTrainer(
-            made,
-            Networks(recipe(), SHAPE, 10).encoder,
-            torch.nn.Identity(),
-            None,
-            Engine(CPU, "fp32"),
-            4,
-            weights=recipe(decoder__losses={"pixel": 1.0}).decoder.losses,
-        )  # type: ignore[union-attr]
+        Networks(made.replace({"decoder.recompute": 2, "decoder.losses": {"pixel": 1.0}}), (3, 224, 224), 10)
+    with pytest.raises(InputError, match=r"in ZeRO's stage 3 the weights are in pieces"):
+        recipe(decoder__recompute=2, engine={"kind": "deepspeed", "stage": 3})

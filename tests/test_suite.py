@@ -185,7 +185,7 @@ def test_units_computed_elsewhere_are_the_same(tmp_path):
     def units(name, wanted):
         made = {i: suite.suite_unit(model, x[rows], y[rows], THREAT, 5, name, i) for i, rows in reversed(wanted)}
         asked.extend((name, i) for i, _ in wanted)
-        return (made[i] for i, _ in wanted)
+        return ((place, made[i]) for place, (i, _) in reversed(list(enumerate(wanted))))
 
     whole = run(tmp_path)
     assert same(run(units=units), whole)

@@ -33,8 +33,8 @@ TARGETS = 9
 ROUNDING = 1e-4  # of the radius: how far beyond the ball float32 may put a point of its surface
 
 
-Units = Callable[[str, Sequence[tuple[int, Tensor]]], Iterator[Unit]]
-"""(attack, [(number of the batch, its rows [n]), ...]) -> the units' outcomes, in that order."""
+Units = Callable[[str, Sequence[tuple[int, Tensor]]], Iterator[tuple[int, Unit]]]
+"""(attack, [(number of the batch, its rows [n]), ...]) -> (place in that list, the unit's outcome), in any order."""
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,9 @@ class _Suite:
         parameters = model.parameters() if isinstance(model, nn.Module) else iter(())
         self.device = next((parameter.device for parameter in parameters), x.device)
 
-    def here(self, name: str, wanted: Sequence[tuple[int, Tensor]]) -> Iterator[Unit]:
+    def here(self, name: str, wanted: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Unit]]:
         """Units of an attack, each when it is asked for."""
-        return (self.unit(name, index, rows) for index, rows in wanted)
+        return ((place, self.unit(name, index, rows)) for place, (index, rows) in enumerate(wanted))
 
     def run(
         self, attacks: Sequence[str], ledger: Ledger, progress: Callable[[str, int, int], None], units: Units
@@ -143,17 +143,30 @@ class _Suite:
                 broken_by[name] = 0
                 void = not standing.any() or (self.threat.eps == 0 and name != "clean")
                 batches = () if void else torch.nonzero(standing).squeeze(1).split(self.batch)
-                found = {i: unit for i in range(len(batches)) if (unit := ledger.read(name, i)) is not None}
-                made = units(name, [(i, rows) for i, rows in enumerate(batches) if i not in found])
-                for i, rows in enumerate(batches):
-                    broken, images = found.pop(i) if i in found else ledger.keep(name, i, next(made))
+                for done, (i, (broken, images)) in enumerate(self._found(name, batches, ledger, units), start=1):
+                    rows = batches[i]
                     adversarial[rows[broken]] = images
                     standing[rows[broken]] = False
                     broken_by[name] += int(broken.sum())
-                    progress(name, i + 1, len(batches))
+                    progress(name, done, len(batches))
         del broken_by["clean"]
         flags += square_remark(broken_by, len(self.x))
         return Outcome(standing.to(self.x.device), adversarial, broken_by, tuple(flags), ledger.folder)
+
+    @staticmethod
+    def _found(name: str, batches: Sequence[Tensor], ledger: Ledger, units: Units) -> Iterator[tuple[int, Unit]]:
+        """The outcome of every unit of an attack with its number: those that are there, then the others as they come,
+        each kept before it is told of."""
+        wanted = []
+        for i, rows in enumerate(batches):
+            unit = ledger.read(name, i)
+            if unit is None:
+                wanted.append((i, rows))
+            else:
+                yield i, unit
+        for place, unit in units(name, wanted):
+            i = wanted[place][0]
+            yield i, ledger.keep(name, i, unit)
 
     def samples(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Images and labels of these rows, on the model's device."""

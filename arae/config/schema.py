@@ -206,6 +206,15 @@ class Recipe(Part):
         return self
 
     @model_validator(mode="after")
+    def _recompute_whole_weights(self) -> Self:
+        if self.decoder and self.decoder.recompute > 1 and self.engine.kind == "deepspeed" and self.engine.stage == 3:
+            raise ValueError(
+                f"decoder.recompute = {self.decoder.recompute}: in ZeRO's stage 3 the weights are in pieces, which a "
+                "second pass would have to gather again: set engine.stage to 2, or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _no_secrets(self) -> Self:
         for place, value in flatten(self.model_dump(mode="json")).items():
             if isinstance(value, str) and "://" in value:

@@ -4,7 +4,7 @@
 `upscale`, `highres` (with `tiles`) and `inversion` measure; `measure` turns what they found into records.
 """
 
-from arae.evaluate.batches import Batches, Do, Workers, alone
+from arae.evaluate.batches import Batches, Team, Workers, alone
 from arae.evaluate.inversion import invert
 from arae.evaluate.mapping import Evaluation
 from arae.evaluate.measure import Recorder, described, loss_weights, name_of, threat_of
@@ -13,10 +13,10 @@ from arae.evaluate.run import evaluate, held_out
 
 __all__ = [
     "Batches",
-    "Do",
     "Evaluation",
     "Quality",
     "Recorder",
+    "Team",
     "Workers",
     "alone",
     "described",

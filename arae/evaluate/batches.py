@@ -1,7 +1,7 @@
 """What is measured of one batch by one model: the part of an evaluation that does not care where it is done.
 
 A batch's numbers depend on its images and its place in the evaluation alone, so batches can be shared out over workers
-(`cluster.evaluate`), and the records are those of one process.
+(`cluster.evaluate`): the records are those of one process, up to rounding, and to the random numbers of the device.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +30,19 @@ from arae.seeds import mix
 
 Progress = Callable[[str, int, int], None]
 Note = Callable[[str], None]
-Do = Callable[[str, Iterable[tuple[Any, ...]]], Iterator[Any]]
-"""Calls a method of `Batches` with each of some tuples of arguments; gives the results in their order."""
+
+
+class Team(Protocol):
+    """Who measures."""
+
+    def do(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """Call a method of `Batches` with each of some tuples of arguments: (the call's place, what it returned), in
+        whatever order they come."""
+        ...
+
+    def device(self) -> str:
+        """What those measured on who have measured so far."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,15 +64,24 @@ class Measured:
 class Batches:
     """One model, as one recipe measures it. Images come as uint8 [N, C, H, W], labels as [N], from any device."""
 
-    def __init__(self, recipe: Recipe, model: Autoencoder, images: Tensor) -> None:
-        """`images`: all that are evaluated, of which their mean is kept."""
-        self.recipe, self.model = recipe, model
+    def __init__(self, recipe: Recipe, model: Autoencoder, mean: Tensor | None) -> None:
+        """`mean`: the mean image [1, C, H, W] in [0, 1] of all that are evaluated, where reconstructions are compared
+        with it."""
+        self.recipe, self.model, self.mean = recipe, model, mean
         self.told: Callable[[int], None] | None = None
         """Hears the steps of a descent, where it is made in this process."""
         self.classifies = recipe.evaluate.protocol != "reconstruction"
         self.decodes = recipe.evaluate.protocol != "robustness" and model.decoder is not None
         self._flags: dict[Threat, tuple[str, ...]] = {}
-        self._mean = mean_image(images, recipe.evaluate.batch)
+        self._missing: dict[str, str] = {}
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: Autoencoder, images: Tensor) -> Batches:
+        """`images`: all that are evaluated, uint8 [n, C, H, W]."""
+        made = cls(recipe, model, None)
+        if made.decodes and recipe.evaluate.protocol in ("map", "reconstruction"):
+            made.mean = mean_image(images, recipe.evaluate.batch)
+        return made
 
     def clean(self, levels: Tensor, labels: Tensor) -> Measured:
         """Accuracy, reconstructions and what they must beat, of images as they are."""
@@ -69,8 +89,9 @@ class Batches:
         hits = self._hits(x, y) if self.classifies else None
         if not self.decodes:
             return Measured(hits)
+        assert self.mean is not None
         again = self.model.reconstruct(x)
-        baseline = {"mean-image": metrics.psnr(self._mean.to(x.device).expand_as(x), x).cpu()}
+        baseline = {"mean-image": metrics.psnr(self.mean.to(x.device).expand_as(x), x).cpu()}
         if len(x) > 1:  # the last batch may hold one image, which has no other
             baseline["other-features"] = metrics.psnr(again.roll(1, 0), x).cpu()
         return Measured(hits, *self._quality(again, x), baseline)
@@ -135,7 +156,9 @@ class Batches:
 
     def _quality(self, again: Tensor, x: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
         quality = Quality(self.recipe.evaluate)
+        quality.missing |= self._missing  # what could not be had once is not asked for with every batch
         quality.add(again, x)
+        self._missing |= quality.missing
         return {name: values.cpu() for name, values in quality.measured.items()}, quality.missing
 
     @torch.no_grad()
@@ -144,16 +167,44 @@ class Batches:
 
 
 def mean_image(images: Tensor, size: int) -> Tensor:
-    """Mean [1, C, H, W] in [0, 1] of images uint8 [n, C, H, W], `size` at a time: the best answer without a look."""
+    """Mean [1, C, H, W] in [0, 1] of images uint8 [n, C, H, W]: the best answer without a look; on the CPU.
+
+    size: images that are added up at a time.
+    """
     total = torch.stack([part.double().sum(0, keepdim=True) for part in images.split(size)]).sum(0)
-    return (total / (255 * len(images))).float()
+    return (total / (255 * len(images))).float().cpu()
 
 
-Workers = Callable[[Batches], AbstractContextManager[Do]]
+def device_name(device: torch.device) -> str:
+    """What a record calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def in_order(results: Iterable[tuple[int, Any]]) -> list[Any]:
+    """What `Team.do` gives, by the calls' places."""
+    return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+Workers = Callable[[Batches], AbstractContextManager[Team]]
 """Sets up who measures batches as this one would; they are let go when the evaluation is over."""
 
 
-@contextmanager
-def alone(batches: Batches) -> Iterator[Do]:
+class Alone:
     """This process, one call after the other."""
-    yield lambda method, calls: (getattr(batches, method)(*call) for call in calls)
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+
+    def do(self, method: str, calls: Iterable[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+        """See `Team`; each call is made when it is asked for."""
+        return ((place, getattr(self.batches, method)(*call)) for place, call in enumerate(calls))
+
+    def device(self) -> str:
+        """See `Team`."""
+        return device_name(self.batches.model.device)
+
+
+@contextmanager
+def alone(batches: Batches) -> Iterator[Team]:
+    """Nobody else."""
+    yield Alone(batches)

@@ -27,7 +27,7 @@ from arae.records import Record
 from arae.seeds import mix
 
 if TYPE_CHECKING:
-    from arae.evaluate.batches import Batches, Do, Progress
+    from arae.evaluate.batches import Batches, Progress, Team
 
 _EVERY = 10  # descent steps between looks at the progress
 
@@ -71,11 +71,11 @@ def invert(
 
 
 def inverted(
-    batches: Batches, images: Tensor, do: Do, progress: Progress, state: Path, kept: list[Path]
+    batches: Batches, images: Tensor, team: Team, progress: Progress, state: Path, kept: list[Path]
 ) -> list[Record]:
     """Quality of the images found for the features of `images`, uint8 [n, C, H, W], as protocol `inversion`.
 
-    do: calls `batches`, or what is like it elsewhere. Each finished batch is kept under `state`, in a folder that
+    team: calls `batches`, or what is like it elsewhere. Each finished batch is kept under `state`, in a folder that
     `kept` is told, and not computed again. InputError: a start from other images where there is one alone.
     """
     recipe, model, settings = batches.recipe, batches.model, batches.recipe.evaluate
@@ -86,34 +86,35 @@ def inverted(
     size = settings.batch
     folder, quality = state / f"inversion-{_job(recipe, model, images)}", Quality(settings)
     kept.append(folder)
-    spans = [(i, images[begin : begin + size]) for i, begin in enumerate(range(0, len(images), size))]
-    finished = {i: found for i, _ in spans if (found := _finished(folder / f"{i}.safetensors")) is not None}
-    wanted = [(i, x) for i, x in spans if i not in finished]
-    made = do("inverted", ((x, _start(recipe, images, i * size, to_float(x), i)) for i, x in wanted))
-    steps = settings.inversion.steps
-    for i, x in spans:
+    spans, steps = images.split(size), settings.inversion.steps
+    parts = [folder / f"{i}.safetensors" for i in range(len(spans))]
+    wanted = [i for i, part in enumerate(parts) if not _is_whole(part)]
+    before = len(spans) - len(wanted)
 
-        def told(step: int, before: int = i * steps) -> None:
-            if step % _EVERY == 0 or step == steps:
-                progress("inversion", before + step, steps * len(spans))
+    def told(step: int) -> None:
+        if step % _EVERY == 0 or step == steps:
+            progress("inversion", steps * before + step, steps * len(spans))
 
-        batches.told = told
-        if (found := finished.pop(i, None)) is None:
-            found = next(made)
-            folder.mkdir(parents=True, exist_ok=True)
-            write_bytes(folder / f"{i}.safetensors", save({"images": found}))
-        told(steps)
-        quality.add(found.to(x.device), to_float(x))
-    return Recorder(recipe, model, decoder=False).quality(quality, "inversion", stage="encoder")
+    batches.told = told
+    told(0)
+    calls = ((spans[i], _start(recipe, images, i * size, to_float(spans[i]), i)) for i in wanted)
+    for place, found in team.do("inverted", calls):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(parts[wanted[place]], save({"images": found}))
+        before += 1
+        told(0)
+    for x, part in zip(spans, parts, strict=True):
+        quality.add(load_weights(part)["images"].to(x.device), to_float(x))
+    return Recorder(recipe, model, team.device, decoder=False).quality(quality, "inversion", stage="encoder")
 
 
-def _finished(path: Path) -> Tensor | None:
-    """The images of a finished batch; None where it is still to be computed, for a damaged one is removed."""
+def _is_whole(path: Path) -> bool:
+    """Whether a finished batch is there; a damaged one is removed."""
     try:
-        return load_weights(path).get("images") if path.is_file() else None
+        return path.is_file() and "images" in load_weights(path)
     except InputError:
         path.unlink()
-        return None
+        return False
 
 
 def _start(recipe: Recipe, images: Tensor, begin: int, x: Tensor, number: int) -> Tensor:

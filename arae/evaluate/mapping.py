@@ -12,7 +12,7 @@ from arae.attacks.ledger import Unit
 from arae.attacks.suite import autoattack
 from arae.attacks.threat import Threat as Ball
 from arae.config import Attack
-from arae.evaluate.batches import Batches, Do, Measured, Note, Progress
+from arae.evaluate.batches import Batches, Measured, Note, Progress, Team, in_order
 from arae.evaluate.measure import Recorder, name_of, threat_of
 from arae.evaluate.quality import Quality
 from arae.records import Record, Threat
@@ -27,22 +27,22 @@ class Evaluation:
         batches: Batches,
         images: Tensor,
         labels: Tensor,
-        do: Do,
+        team: Team,
         progress: Progress,
         note: Note = lambda text: None,
         state: Path | None = None,
         kept: list[Path] | None = None,
     ) -> None:
-        """`images` uint8 [n, C, H, W], `labels` [n]; `do` calls `batches`, or what is like it elsewhere.
+        """`images` uint8 [n, C, H, W], `labels` [n]; `team` calls `batches`, or what is like it elsewhere.
 
         state: folder where AutoAttack keeps what it has finished; `kept` is told where in it this evaluation's own
         parts are.
         """
         self.kept = [] if kept is None else kept
         self.batches, self.images, self.labels = batches, images, labels
-        self.do, self.progress, self.note, self.state = do, progress, note, state
+        self.team, self.progress, self.note, self.state = team, progress, note, state
         self.recipe, self.size = batches.recipe, batches.recipe.evaluate.batch
-        self.record = Recorder(self.recipe, batches.model)
+        self.record = Recorder(self.recipe, batches.model, team.device)
 
     def records(self) -> list[Record]:
         """All that the protocol asks for."""
@@ -51,7 +51,7 @@ class Evaluation:
 
     def clean(self) -> list[Record]:
         """Accuracy, reconstructions and what they must beat, on the images as they are."""
-        found = self._told("clean", self.do("clean", self._batches()))
+        found = self._told("clean", self.team.do("clean", self._batches()))
         records = [self.record.accuracy("clean_accuracy", _hits(found))] if self.batches.classifies else []
         if not self.batches.decodes:
             return records
@@ -71,7 +71,7 @@ class Evaluation:
         if attack.kind == "autoattack" and attack.eps > 0:
             return self._by_suite(number, attack)
         calls = ((number, i, x, y) for i, (x, y) in enumerate(self._batches()))
-        found = self._told(name_of(attack), self.do("attacked", calls))
+        found = self._told(name_of(attack), self.team.do("attacked", calls))
         flags, threat = tuple(dict.fromkeys(flag for one in found for flag in one.flags)), threat_of(attack)
         records = [self.record.accuracy("robust_accuracy", _hits(found), threat, flags)]
         return records + (self._quality(found, threat) if self.batches.decodes else [])
@@ -80,8 +80,10 @@ class Evaluation:
         """AutoAttack on all images, then the reconstructions of what it made."""
         assert attack.norm is not None
 
-        def units(name: str, wanted: Sequence[tuple[int, Tensor]]) -> Iterator[Unit]:
-            return self.do("suite", ((number, name, i, self.images[rows], self.labels[rows]) for i, rows in wanted))
+        def units(name: str, wanted: Sequence[tuple[int, Tensor]]) -> Iterator[tuple[int, Unit]]:
+            return self.team.do(
+                "suite", ((number, name, i, self.images[rows], self.labels[rows]) for i, rows in wanted)
+            )
 
         outcome = autoattack(
             self.batches.model.encoder,
@@ -101,19 +103,19 @@ class Evaluation:
         if not self.batches.decodes:
             return records
         pairs = zip(outcome.adversarial.split(self.size), self.images.split(self.size), strict=True)
-        return records + self._quality(list(self.do("rebuilt", pairs)), threat)
+        return records + self._quality(in_order(self.team.do("rebuilt", pairs)), threat)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         return zip(self.images.split(self.size), self.labels.split(self.size), strict=True)
 
-    def _told(self, label: str, results: Iterator[Measured]) -> list[Measured]:
-        """The results, and progress as they come."""
-        found, n = list[Measured](), len(self.images)
+    def _told(self, label: str, results: Iterator[tuple[int, Measured]]) -> list[Measured]:
+        """The results by batch, and progress as they come."""
+        found, n = list[tuple[int, Measured]](), len(self.images)
         self.progress(label, 0, n)
         for one in results:
             found.append(one)
             self.progress(label, min(self.size * len(found), n), n)
-        return found
+        return in_order(found)
 
     def _quality(self, found: Sequence[Measured], threat: Threat | None = None) -> list[Record]:
         quality = Quality(self.recipe.evaluate)

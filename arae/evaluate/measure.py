@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -26,6 +27,8 @@ class Recorder:
 
     recipe: Recipe
     model: Autoencoder
+    device: Callable[[], str] | None = None
+    """Says what measured; default: the model's device."""
     decoder: bool = True
     """Whether what is measured used the model's decoder, where it has one."""
     dataset: str | None = None
@@ -98,6 +101,7 @@ class Recorder:
         """What the measured stage was trained on (nothing is known of weights made elsewhere), and what measured it."""
         device = self.model.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        name = self.device() if self.device else name
         return {**self.model.config[stage].get("training", {}), "evaluated_on": name}
 
 

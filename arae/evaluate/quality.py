@@ -9,6 +9,7 @@ from torch import Tensor
 
 from arae import metrics
 from arae.config import Evaluate
+from arae.errors import InputError
 
 
 class Quality:
@@ -37,10 +38,16 @@ class Quality:
             self.missing["lpips"] = str(error)
 
     def take(self, measured: Mapping[str, Tensor], missing: Mapping[str, str]) -> None:
-        """Add what another has measured, of other images."""
+        """Add what another has measured, of other images. InputError: a metric that one could measure, another not."""
         for name, values in measured.items():
             self.values.setdefault(name, []).append(values)
         self.missing |= missing
+        for name in self.missing:
+            if self.values.get(name):
+                raise InputError(
+                    f"{name}: measured of some images and not of others ({self.missing[name]}): see that every worker "
+                    "has what it needs, or leave it out"
+                )
 
     @property
     def measured(self) -> dict[str, Tensor]:

@@ -38,8 +38,8 @@ def evaluate(
 
     They take the place of those of the same protocol in the folder's `records.jsonl`; those of other protocols stay.
     `note` is told in a line what is left out, or found to go on from. `workers`: who measures the batches; default:
-    this process; the records are the same. What is finished of AutoAttack and of the inversion is kept in the folder
-    until the records are written: the same call after a kill goes on from there.
+    this process; the records are the same up to rounding. What is finished of AutoAttack and of the inversion is kept
+    in the folder until the records are written: the same call after a kill goes on from there.
 
     Raises InputError where there is no model, it lacks the decoder that the protocol needs, the held-out images do not
     fit it, or `records.jsonl` holds something else; Stopped on Ctrl-C where finished parts are kept.
@@ -85,13 +85,13 @@ def _measured(
             raise InputError("--workers: evaluate.protocol = high-resolution takes its files one by one; leave it out")
         return high_resolution(recipe, model, progress, note)
     images, labels = held_out(recipe, model, model.device)
-    batches = Batches(recipe, model, images)
-    with workers(batches) as do:
+    batches = Batches.of(recipe, model, images)
+    with workers(batches) as team:
         if protocol == "upscale":
-            return upscaled(batches, images, do, progress)
+            return upscaled(batches, images, team, progress)
         if protocol == "inversion":
-            return inverted(batches, images, do, progress, state, parts)
-        return Evaluation(batches, images, labels, do, progress, note, state, parts).records()
+            return inverted(batches, images, team, progress, state, parts)
+        return Evaluation(batches, images, labels, team, progress, note, state, parts).records()
 
 
 def others(folder: RunFolder, protocol: str) -> list[Record]:

@@ -12,26 +12,29 @@ from arae.evaluate.quality import Quality
 from arae.records import Record
 
 if TYPE_CHECKING:
-    from arae.evaluate.batches import Batches, Do, Progress
+    from arae.evaluate.batches import Batches, Measured, Progress, Team
 
 
-def upscaled(batches: Batches, images: Tensor, do: Do, progress: Progress) -> list[Record]:
+def upscaled(batches: Batches, images: Tensor, team: Team, progress: Progress) -> list[Record]:
     """For each factor L, the quality of the reconstructions of the enlarged images, as protocol `upscale-L`.
 
-    images: uint8 [n, C, H, W] at the training size; do: calls `batches`, or what is like it elsewhere. They are
+    images: uint8 [n, C, H, W] at the training size; team: calls `batches`, or what is like it elsewhere. They are
     enlarged first, then encoded and decoded at the larger size, and compared with the enlarged image there. A batch
     shrinks by L², so that it takes no more memory than one at the training size, as far as single images allow.
     """
     settings = batches.recipe.evaluate
-    recorder = Recorder(batches.recipe, batches.model)
+    recorder = Recorder(batches.recipe, batches.model, team.device)
     records: list[Record] = []
     for factor in dict.fromkeys(settings.factors):
         protocol, quality = f"upscale-{factor}", Quality(settings)
         size = max(1, settings.batch // factor**2)
         progress(protocol, 0, len(images))
-        for i, found in enumerate(do("upscaled", ((factor, x) for x in images.split(size))), start=1):
+        results: list[tuple[int, Measured]] = []
+        for one in team.do("upscaled", ((factor, x) for x in images.split(size))):
+            results.append(one)
+            progress(protocol, min(len(results) * size, len(images)), len(images))
+        for _, found in sorted(results, key=lambda pair: pair[0]):
             quality.take(found.quality, found.missing)
-            progress(protocol, min(i * size, len(images)), len(images))
         records += recorder.quality(quality, protocol)
     return records
 

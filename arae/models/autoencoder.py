@@ -25,6 +25,7 @@ from arae.models import Decoder, Encoder, create_decoder, create_encoder
 from arae.models.fit import Fit
 from arae.models.wavelet import WaveletCode, WaveletEncoder
 
+Packed = tuple[dict[str, Any], list[dict[str, Tensor]]]
 SLACK = 1e-3  # that images may lie outside [0, 1]: the rounding of half precision
 
 
@@ -40,6 +41,11 @@ class Autoencoder:
         self.image_shape: tuple[int, int, int] = tuple(config["image_shape"])
         self.normalisation: Literal["encoder", "signed"] = config.get("decoder", {}).get("normalisation", "encoder")
         self._fit = Fit(self.encoder, self.layer, self.decoder) if self.decoder is not None else None
+
+    def packed(self) -> Packed:
+        """Config and weights, on the CPU, to be sent elsewhere: networks with spectral norm can't be pickled."""
+        parts = [part for part in (self.encoder, self.decoder) if part is not None]
+        return self.config, [{k: v.detach().cpu() for k, v in part.state_dict().items()} for part in parts]
 
     @property
     def device(self) -> torch.device:
@@ -155,17 +161,22 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 def load_encoder(folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float32) -> Encoder:
     """The encoder of a model folder, on the CPU, its weights in `dtype`."""
+    encoder = _new_encoder(config).to(dtype)
+    encoder.load_state_dict(load_weights(folder / "encoder.safetensors", config["encoder"]["sha256"]))
+    return encoder
+
+
+def _new_encoder(config: Mapping[str, Any]) -> Encoder:
+    """The encoder of a config, with random weights."""
     entry = config["encoder"]
     channels, size, _ = config["image_shape"]
-    encoder = create_encoder(
+    return create_encoder(
         entry["name"],
         num_classes=entry["num_classes"],
         in_channels=channels,
         image_size=size,
         width=entry.get("width", 1.0),  # models of before there were widths have none
     )
-    encoder.to(dtype).load_state_dict(load_weights(folder / "encoder.safetensors", entry["sha256"]))
-    return encoder
 
 
 def load_autoencoder(path: str | Path) -> Autoencoder:
@@ -191,8 +202,24 @@ def load_decoder(folder: Path, config: Mapping[str, Any], encoder: Encoder) -> D
     """The decoder of a model folder, on the CPU; None where it has none."""
     if "decoder" not in config:
         return None
-    image_shape = tuple(config["image_shape"])
-    feature_shape = encoder.feature_shape(image_shape, config["encoder"]["layer"])
-    decoder = create_decoder(config["decoder"]["name"], feature_shape=feature_shape, image_shape=image_shape)
+    decoder = _new_decoder(config, encoder)
     decoder.load_state_dict(load_weights(folder / "decoder.safetensors", config["decoder"]["sha256"]))
     return decoder
+
+
+def _new_decoder(config: Mapping[str, Any], encoder: Encoder) -> Decoder:
+    """The decoder of a config, with random weights."""
+    image_shape = tuple(config["image_shape"])
+    feature_shape = encoder.feature_shape(image_shape, config["encoder"]["layer"])
+    return create_decoder(config["decoder"]["name"], feature_shape=feature_shape, image_shape=image_shape)
+
+
+def unpacked(packed: Packed) -> Autoencoder:
+    """What `Autoencoder.packed` took apart, on the CPU."""
+    config, weights = packed
+    encoder = _new_encoder(config)
+    decoder = _new_decoder(config, encoder) if len(weights) > 1 else None
+    for part, values in zip((encoder, decoder), weights, strict=False):
+        assert part is not None
+        part.load_state_dict(values)
+    return Autoencoder(encoder, decoder, config)

@@ -37,7 +37,7 @@ def in_parts(layers: nn.Sequential, z: Tensor, ends: Sequence[int]) -> Tensor:
     for begin, end in pairwise((0, *ends)):
         part = layers[begin:end]
         seen = _Seen(part)
-        z = checkpoint(part, z, use_reentrant=False, context_fn=partial(_contexts, seen))
+        z = checkpoint(part, z, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, seen))
     return z
 
 

@@ -126,6 +126,10 @@ class WaveletDecoder(Decoder):
         nn.Module.__init__(self)  # not Decoder's: nothing is cropped, and a row of layers alone does not tell the size
         self.name, self.feature_shape, self.image_shape, self.layers = name, feature_shape, image_shape, layers
 
+    def recompute(self, parts: int) -> None:
+        """InputError: its layers are no row, for the details come in between."""
+        raise InputError(f"decoder.recompute = {parts}: {self.name} is not layers in a row; leave it out")
+
     def forward(self, z: Tensor | WaveletCode) -> Tensor:
         """Images [N, 3, 32(h+1), 32(w+1)] in [0, 1] from a code of h×w; a code alone has high bands of zero."""
         t, *highs = z if isinstance(z, WaveletCode) else without_details(z)

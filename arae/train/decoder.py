@@ -22,8 +22,6 @@ from torch import Tensor, nn
 
 from arae.attacks.network import quicken
 from arae.config import Losses, Recipe
-from arae.errors import InputError
-from arae.models.blocks import Decoder
 from arae.models.encoder import Encoder
 from arae.models.wavelet import WaveletCode
 from arae.precision import full
@@ -84,12 +82,6 @@ class DecoderTrainer:
         betas = (float(self.part.betas[0]), float(self.part.betas[1]))
         adam = partial(Adam, lr=self.part.lr, betas=betas, weight_decay=self.part.weight_decay)
         self.generator = generator
-        if self.part.recompute > 1:
-            if not isinstance(generator, Decoder):
-                raise InputError(
-                    f"decoder.recompute = {self.part.recompute}: {self.part.name} is not layers in a row: leave it out"
-                )
-            generator.recompute(self.part.recompute)
         self.learner = engine.learner(generator, adam)
         self.buffers = StepBuffers(self.generator)
         with self.learner.whole():

@@ -49,11 +49,13 @@ def check_share(micro_batches: int, workers: int, what: str, choice: EngineChoic
 class Engine:
     """One worker's view of the group: its rank, its device, its precision."""
 
-    def __init__(self, device: torch.device, precision: str, choice: EngineChoice | None = None) -> None:
-        """Join the process group where one is initialised; `precision` is a recipe's, `choice` its engine."""
+    def __init__(
+        self, device: torch.device, precision: str, choice: EngineChoice | None = None, *, alone: bool = False
+    ) -> None:
+        """Join the process group where one is initialised, unless `alone`; `precision` and `choice` are a recipe's."""
         self.device = device
         self.choice = choice or EngineChoice()
-        self.parallel = dist.is_available() and dist.is_initialized()
+        self.parallel = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.parallel else 0
         self.size = dist.get_world_size() if self.parallel else 1
         self.mixed = False

@@ -87,21 +87,34 @@ def memory_told(recipe: Recipe, stage: str, source: Source, engine: Engine) -> I
 
 def out_of_memory(recipe: Recipe, stage: str, source: Source, there: int | None, engine: Engine) -> InputError:
     """What is said of a step that does not fit; `there`: bytes of the device, None where unknown."""
+    part = recipe.encoder if stage == "encoder" else recipe.decoder
+    assert part is not None
+    said = f"{stage}: out of memory"
+    lower = f"set {stage}.micro_batch lower" + (", or decoder.recompute higher" if stage == "decoder" else "")
+    try:
+        return InputError(said + _fitting(recipe, stage, source, there, engine, lower))
+    except Exception:  # noqa: BLE001 -- what would fit could not be told; what went wrong must be
+        return InputError(f"{said} with a micro-batch of {part.micro} images; {lower}")
+
+
+def _fitting(recipe: Recipe, stage: str, source: Source, there: int | None, engine: Engine, lower: str) -> str:
+    """How much a step needs, and which micro-batch would fit."""
     from arae.cost import Networks
     from arae.footprint import footprint, largest_fitting
 
     part = recipe.encoder if stage == "encoder" else recipe.decoder
     assert part is not None
-    networks = Networks(recipe, source.shape, len(source.classes))
+    begun = recipe.replace({"precision": engine.precision})
+    networks = Networks(begun, source.shape, len(source.classes))
     needed = sum(footprint(networks, stage, engine.device, engine.size).values())
-    said = f"{stage}: out of memory; a micro-batch of {part.micro} images needs about {needed / GIB:.2f} GiB"
+    said = f"; a micro-batch of {part.micro} images needs about {needed / GIB:.2f} GiB"
     if there is None:
-        return InputError(f"{said}; set {stage}.micro_batch lower")
+        return f"{said}; {lower}"
     said += f" (kernels and the allocator come on top), and the device has {there / GIB:.2f} GiB"
     fitting = largest_fitting(networks, stage, engine.device, int(0.9 * there), engine.size, below=part.micro)
     if fitting is None:
-        return InputError(f"{said}: not even one image fits; take a device with more memory, or engine=deepspeed")
-    return InputError(f"{said}; the largest that should fit: {stage}.micro_batch={fitting}")
+        return f"{said}: not even one image fits; take a device with more memory, or engine=deepspeed"
+    return f"{said}; the largest that should fit: {stage}.micro_batch={fitting}"
 
 
 def _device_memory(device: torch.device) -> int | None:

@@ -60,6 +60,8 @@ class Decoding:
             shape = tuple(bare(torch.empty(1, *self.features, device="meta")).shape[1:])
             if shape != self.images:
                 raise InputError(f"it makes images of shape {shape}, not {self.images}")
+            if self.part.recompute > 1:
+                made.recompute(self.part.recompute)
         except InputError as error:
             raise self._refusal("decoder", str(error)) from None
         return made

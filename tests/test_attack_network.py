@@ -152,7 +152,8 @@ def test_it_follows_the_weights_when_it_is_told_to(name: str) -> None:
     assert torch.equal(quick(x), before)
     quick.refresh(torch.float32)
     torch.testing.assert_close(quick(x), model(x), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(judged(quick, x)[1], judged(model, x)[1], rtol=1e-3, atol=1e-6)
+    gradient = judged(model, x)[1]  # rounding differs from processor to processor, and is of the size of the largest
+    torch.testing.assert_close(judged(quick, x)[1], gradient, rtol=1e-3, atol=1e-3 * gradient.abs().max().item())
 
 
 def test_it_leaves_the_network_alone() -> None:

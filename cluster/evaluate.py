@@ -17,7 +17,7 @@ from torch import Tensor
 from arae.config import Recipe
 from arae.errors import AraeError, Stopped, last_line
 from arae.evaluate import Batches, Team
-from arae.evaluate.batches import device_name
+from arae.evaluate.measure import device_name
 from arae.launch import Where
 from arae.models.autoencoder import Packed, unpacked
 from cluster.connect import address_of, connect

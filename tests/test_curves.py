@@ -1,12 +1,9 @@
 """The page of the cheaper trainings: made from its record, and nothing else."""
 
-import pytest
-
 from benchmarks import curves, time_to_robust
 from benchmarks.time_to_robust import Record
 
 
-@pytest.mark.skipif(not time_to_robust.OUT.is_file(), reason="the runs have not been made")
 def test_the_page_is_that_of_the_committed_record() -> None:
     record = Record.model_validate_json(time_to_robust.OUT.read_text())
     assert curves.PAGE.read_text() == curves.page(record)

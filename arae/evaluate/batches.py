@@ -23,6 +23,7 @@ from arae.attacks.threat import Threat
 from arae.config import Attack, Recipe
 from arae.data.augment import to_float
 from arae.evaluate.inversion import invert
+from arae.evaluate.measure import device_name
 from arae.evaluate.quality import Quality
 from arae.evaluate.upscale import enlarged
 from arae.models.autoencoder import Autoencoder
@@ -173,11 +174,6 @@ def mean_image(images: Tensor, size: int) -> Tensor:
     """
     total = torch.stack([part.double().sum(0, keepdim=True) for part in images.split(size)]).sum(0)
     return (total / (255 * len(images))).float().cpu()
-
-
-def device_name(device: torch.device) -> str:
-    """What a record calls it."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def in_order(results: Iterable[tuple[int, Any]]) -> list[Any]:

@@ -99,10 +99,13 @@ class Recorder:
 
     def _hardware(self, stage: Trained) -> dict[str, Any]:
         """What the measured stage was trained on (nothing is known of weights made elsewhere), and what measured it."""
-        device = self.model.device
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        name = self.device() if self.device else name
+        name = self.device() if self.device else device_name(self.model.device)
         return {**self.model.config[stage].get("training", {}), "evaluated_on": name}
+
+
+def device_name(device: torch.device) -> str:
+    """What a record calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def threat_of(attack: Attack) -> Threat:

@@ -105,11 +105,14 @@ def test_colour_becomes_luma_and_grey_stays_exact():
     assert torch.equal(to_channels(to_channels(grey, 3), 1), grey)
 
 
-def test_arrays_need_no_ffcv(grey):
+@pytest.mark.parametrize("written", ["npz", "beton"])
+def test_pixels_as_they_are_need_no_ffcv(grey, tmp_path, written):
+    encode(str(grey), tmp_path / "x.beton", EncodeOptions(split="all"))
+    path = grey if written == "npz" else tmp_path / "x.beton"
     script = (
         "import sys, torch; sys.modules['ffcv'] = None\n"
         "from arae.config import Data; from arae.data.load import open_source\n"
-        f"print(open_source(Data(train={str(grey)!r}), 'train', torch.device('cpu')).n)"
+        f"print(open_source(Data(train={str(path)!r}), 'train', torch.device('cpu')).n)"
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (run.stdout.strip(), run.returncode) == ("50", 0), run.stderr
@@ -324,8 +327,10 @@ from arae.data.encode import EncodeOptions, encode
 from arae.data.load import open_source
 encode({str(tmp_path / "a.npz")!r}, Path({str(tmp_path / "a.beton")!r}), EncodeOptions(split="all"))
 assert torch.get_num_threads() == 2, "encoding"
-source = open_source(Data(train={str(tmp_path / "a.beton")!r}), "train", torch.device("cpu"))
+source = open_source(Data(train={str(tmp_path / "a.beton")!r}, loader="ffcv"), "train", torch.device("cpu"))
 assert torch.get_num_threads() == 2, "loading"
+from ffcv.fields.rgb_image import IMAGE_MODES
+assert type(IMAGE_MODES) is dict, "seconds of compiling, in every process"
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -72,6 +72,8 @@ class Beton:
     """int64 [n]."""
     modes: np.ndarray
     """uint8 [n]: 0 JPEG, 1 raw."""
+    pointers: np.ndarray
+    """int64 [n]: where in the file an image's bytes begin."""
     fields: tuple[str, str]
     """Names of the image and the label field."""
     classes: tuple[str, ...]
@@ -84,6 +86,19 @@ class Beton:
         if self.heights.min() == self.heights.max() and self.widths.min() == self.widths.max():
             return int(self.heights[0]), int(self.widths[0])
         return None
+
+    def holds(self, size: tuple[int, int], rows: np.ndarray) -> bool:
+        """Whether the samples `rows` lie in the file as pixels of this (height, width), so that `pixels` has them."""
+        return self.constant_shape == size and bool((self.modes[rows] == RAW).all())
+
+    def pixels(self, rows: np.ndarray) -> np.ndarray:
+        """Images uint8 [m, H, W, 3] of raw samples of one size, int64 [m]."""
+        assert self.constant_shape is not None
+        images = np.empty((len(rows), *self.constant_shape, 3), np.uint8)
+        there, flat = np.memmap(self.path, np.uint8, mode="r"), images.reshape(len(rows), -1)
+        for image, start in zip(flat, self.pointers[rows].tolist(), strict=True):
+            image[:] = there[start : start + image.size]
+        return images
 
 
 def manifest_path(path: Path) -> Path:
@@ -138,10 +153,9 @@ def check(path: Path, what: str = "") -> Beton:
         *manifest.width,
     ):
         raise InputError(f"{where} has other images than its manifest says (count or resolution); {_AGAIN}")
-    modes = samples["image"]["mode"].copy()
-    return Beton(
-        path, len(samples), heights, widths, labels, modes, fields, classes, manifest.channels if manifest else None
-    )
+    modes, pointers = samples["image"]["mode"].copy(), samples["image"]["pointer"].astype(np.int64)
+    channels = manifest.channels if manifest else None
+    return Beton(path, len(samples), heights, widths, labels, modes, pointers, fields, classes, channels)
 
 
 def _tables(path: Path, size: int, where: str) -> tuple[int, tuple[str, str], np.ndarray]:

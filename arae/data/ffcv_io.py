@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
 import torch
@@ -155,7 +156,12 @@ def need_ffcv(what: str) -> None:
     """InputError where FFCV can't be imported. Call it before any other import of FFCV's."""
     threads = torch.get_num_threads()
     try:
-        import ffcv  # noqa: F401
+        import numba.typed
+
+        # FFCV keeps the names of its two modes in a typed dictionary, whose methods Numba would compile: four seconds
+        # of every process that imports it. Nothing compiled looks into it, so that a plain one does.
+        with mock.patch.object(numba.typed, "Dict", dict):
+            import ffcv  # noqa: F401
     except ImportError as error:
         raise InputError(f"{what} needs FFCV ({error}): pip install 'arae[ffcv]', or use .npz files") from None
     finally:

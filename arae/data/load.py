@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from arae.config import Augment, Data
-from arae.data import arrays, beton, catalog, staging
+from arae.data import arrays, beton, catalog, ffcv_io, staging
 from arae.data.arrays import Arrays
 from arae.data.images import fit_array
 from arae.errors import InputError
@@ -218,26 +218,44 @@ def _resident(read: Arrays, data: Data, split: str, device: torch.device) -> Res
 def _from_beton(
     path: Path, data: Data, split: Literal["train", "test"], device: torch.device, *, seed: int, workers: int
 ) -> Source:
-    from arae.data import ffcv_io
-
     key = f"data.{split}"
     file = beton.check(path, key)
-    ffcv_io.need_ffcv(f"{key}: {path}")
     channels = _channels(file, data)
-    height, width = _output_size(file, data, key)
+    size = _output_size(file, data, key)
     train = split == "train"
     crop = train and "crop" in data.augment
     rows = limited(file.n, data.limit if train else None)
-    reader = ffcv_io.Decoding(file, (height, width), crop_seed=seed if crop else None, workers=workers)
-    small = len(rows) * channels * height * width <= RESIDENT_BYTES
+    small = len(rows) * channels * size[0] * size[1] <= RESIDENT_BYTES
     if data.loader == "resident" and crop:
         raise InputError("data.loader = resident can't make random crops: use data.loader=ffcv, or leave crop out")
-    if data.loader == "resident" or (data.loader == "auto" and small and not crop):
-        images = torch.empty((len(rows), channels, height, width), dtype=torch.uint8)
-        for start, part in ffcv_io.in_chunks(reader, rows):
-            images[start : start + len(part)] = to_channels(part, channels)
-        return Resident(images.to(device), torch.from_numpy(file.labels[rows]), file.classes)
+    resident = data.loader == "resident" or (data.loader == "auto" and small and not crop)
+    if resident and file.holds(size, rows):  # only to be copied: FFCV takes seconds to start, and a call an image
+        return _held(_stored(file, rows), file, rows, (channels, *size), device)
+    ffcv_io.need_ffcv(f"{key}: {path}")
+    reader = ffcv_io.Decoding(file, size, crop_seed=seed if crop else None, workers=workers)
+    if resident:
+        return _held(ffcv_io.in_chunks(reader, rows), file, rows, (channels, *size), device)
     return ffcv_io.Ffcv(reader, rows, partial(to_channels, channels=channels), channels, device)
+
+
+def _stored(file: beton.Beton, rows: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
+    """As `ffcv_io.in_chunks`, of raw samples."""
+    for start in range(0, len(rows), ffcv_io.CHUNK):
+        yield start, torch.from_numpy(file.pixels(rows[start : start + ffcv_io.CHUNK])).permute(0, 3, 1, 2)
+
+
+def _held(
+    parts: Iterator[tuple[int, torch.Tensor]],
+    file: beton.Beton,
+    rows: np.ndarray,
+    shape: tuple[int, int, int],
+    device: torch.device,
+) -> Resident:
+    """All samples of `rows`, of this shape (C, H, W); they come in parts: the position of the first, and RGB images."""
+    images = torch.empty((len(rows), *shape), dtype=torch.uint8)
+    for start, part in parts:
+        images[start : start + len(part)] = to_channels(part, shape[0])
+    return Resident(images.to(device), torch.from_numpy(file.labels[rows]), file.classes)
 
 
 def _output_size(file: beton.Beton, data: Data, key: str) -> tuple[int, int]:

@@ -405,8 +405,8 @@ def test_keys_that_were_added_later_leave_old_digests_as_they_were() -> None:
 
 
 def test_the_demo_has_the_digests_it_always_had() -> None:
-    """Records and run folders that were made by 0.1 name them."""
-    recipe = load_recipe("demo")
+    """Records and run folders that were made by 0.1 name them; what has been made cheaper since is put back."""
+    recipe = load_recipe("demo", ["encoder.phases=[]", "decoder.steps=600"])
     found = [recipe.digest, recipe.stage_digest("encoder"), recipe.stage_digest("decoder")]
     assert [digest[:8] for digest in found] == ["c3e70d29", "0f71a19f", "139fbd5b"]
 

@@ -22,6 +22,14 @@ def _fixed_speed(request, monkeypatch):
         monkeypatch.setattr(planning, "measured", lambda *_: 1000.0)
 
 
+@pytest.fixture(autouse=True)
+def _memory_where_it_is_looked_at(request, monkeypatch):
+    """Elsewhere a byte: each plan's three dry runs take seconds, and tests/test_footprint.py is about them."""
+    if request.function is not test_memory_and_disk_by_hand:
+        for name in ("footprint", "evaluation_footprint"):
+            monkeypatch.setattr(planning, name, lambda *_: {"weights": 1})
+
+
 def recipe(**changes) -> Recipe:
     document = {
         "name": "planned",

@@ -49,15 +49,16 @@ class Decoding:
         self._loaders: dict[Cache, Any] = {}
 
     def batches(self, ids: np.ndarray) -> Iterator[torch.Tensor]:
-        """For ids int64 [k, m] (epoch * samples of the file + sample): k tensors uint8 [m, 3, H, W] on the CPU."""
+        """For ids int64 [k, m] (epoch * samples of the file + sample): k tensors uint8 [m, 3, H, W] on the CPU,
+        channels-last, as the trainers want them."""
         if not ids.size:
             return
         loader = self._loader(ids)
         loader.batch_size = ids.shape[1]
         iterator = _iterator_class()(loader, np.ascontiguousarray(ids.reshape(-1)))
         try:
-            for (images,) in iterator:  # the buffer is used again: copy before yielding
-                yield torch.from_numpy(images).permute(0, 3, 1, 2).clone(memory_format=torch.contiguous_format)
+            for (images,) in iterator:  # the buffer is used again: copy before yielding, in its own order of bytes
+                yield torch.from_numpy(images).permute(0, 3, 1, 2).clone()
             if iterator.error is not None:
                 raise iterator.error
         finally:

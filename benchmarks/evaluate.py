@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-from arae import metrics, provenance
+from arae import metrics
 from arae.attacks import Threat, attack, autoattack
 from arae.config import Attack, Part, Recipe
 from arae.data.augment import to_float
@@ -34,7 +33,7 @@ from arae.files import write_text
 from arae.models.autoencoder import load_autoencoder
 from arae.runs import RunFolder
 from arae.train.run import train
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, Made, here
 
 OUT = RESULTS / "evaluate" / "fashion-mnist.json"
 IMAGES, BATCH, SEED = 1000, 250, 0
@@ -79,15 +78,11 @@ class Judged(Part):
         )
 
 
-class Record(Part):
+class Record(Made):
     """What `results/evaluate/fashion-mnist.json` holds."""
 
     about: str
     networks: tuple[Judged, ...] = ()
-    hardware: dict[str, str | int] = Field(default_factory=dict)
-    versions: dict[str, str] = Field(default_factory=dict)
-    git: str
-    time: str
 
 
 class Counting(nn.Module):
@@ -198,10 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         record = Record(
             about=about,
             networks=networks,
-            hardware=machine(CPU),
-            versions=provenance.versions(),
-            git=provenance.git_revision(),
-            time=provenance.now(),
+            **here(CPU),
         )
     given.out.parent.mkdir(parents=True, exist_ok=True)
     write_text(given.out, record.model_dump_json(indent=1) + "\n")

@@ -25,13 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from pydantic import Field
 
 from arae import provenance
 from arae.config import Part
 from arae.errors import AraeError, InputError
 from arae.files import write_text
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, Made, here
 from tune.front import hypervolume
 from tune.results import by_objective, load_sweep
 from tune.settings import SIGNS
@@ -94,15 +93,11 @@ class Pair(Part):
         return part / all_of_it
 
 
-class Halving(Part):
+class Halving(Made):
     """What `results/halving/demo.json` holds."""
 
     about: str
     pairs: tuple[Pair, ...] = ()
-    hardware: dict[str, str | int] = Field(default_factory=dict)
-    versions: dict[str, str] = Field(default_factory=dict)
-    git: str
-    time: str
 
     @property
     def kept(self) -> bool:
@@ -166,9 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if seed in {pair.seed for pair in record.pairs}:
             continue
         pair = Pair(seed=seed, halved=swept(seed, halved=True), full=swept(seed, halved=False))
-        where = {"hardware": machine(torch.device("cpu")), "versions": provenance.versions()}
-        now = {"git": provenance.git_revision(), "time": provenance.now()}
-        record = record.model_copy(update={"pairs": (*record.pairs, pair), **where, **now})
+        record = record.model_copy(update={"pairs": (*record.pairs, pair), **here(torch.device("cpu"))})
         given.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(given.out, record.model_dump_json(indent=1) + "\n")
     print("\n".join(record.lines()))

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -35,6 +35,25 @@ Clock = Callable[[Work], float]
 Seconds = tuple[Annotated[float, Field(gt=0)], ...]
 
 
+class Made(Part):
+    """On what, by what and when a record was made."""
+
+    hardware: dict[str, str | int] = Field(default_factory=dict)
+    versions: dict[str, str] = Field(default_factory=dict)
+    git: str
+    time: str
+
+
+def here(device: torch.device) -> dict[str, Any]:
+    """The fields of `Made`, of now."""
+    return {
+        "hardware": machine(device),
+        "versions": provenance.versions(),
+        "git": provenance.git_revision(),
+        "time": provenance.now(),
+    }
+
+
 class Comparison(Part):
     """How many times as long one variant takes as another."""
 
@@ -45,7 +64,7 @@ class Comparison(Part):
     """The variant below it."""
 
 
-class Result(Part):
+class Result(Made):
     """One benchmark on one machine: what `results/<name>.json` holds."""
 
     name: str
@@ -68,10 +87,6 @@ class Result(Part):
     """Bytes that an image takes, by variant, where that was measured too."""
     numbers: dict[str, float] = Field(default_factory=dict)
     """What else was measured, by a name that ends in its unit."""
-    hardware: dict[str, str | int]
-    versions: dict[str, str]
-    git: str
-    time: str
 
 
 def cpu_clock(work: Work) -> float:
@@ -127,7 +142,7 @@ def measure(
         torch.set_num_threads(1)
     try:
         seconds = interleaved(variants, rounds, warmup, cuda_clock if gpu else cpu_clock)
-        hardware = machine(device)
+        made = here(device)
     finally:
         torch.set_num_threads(threads)
     return Result(
@@ -139,10 +154,7 @@ def measure(
         clock="CUDA events" if gpu else "CPU seconds",
         comparisons=tuple(comparisons),
         left_out=dict(left_out or {}),
-        hardware=hardware,
-        versions=provenance.versions(),
-        git=provenance.git_revision(),
-        time=provenance.now(),
+        **made,
     )
 
 

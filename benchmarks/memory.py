@@ -24,12 +24,11 @@ from typing import Any
 
 import torch
 
-from arae import provenance
 from arae.config import Part, Recipe
 from arae.cost import Networks
 from arae.files import write_text
 from arae.footprint import footprint, one_step, without_unused
-from benchmarks.harness import RESULTS, machine
+from benchmarks.harness import RESULTS, Made, here
 
 OUT = RESULTS / "memory" / "steps.json"
 ROUNDS = 3
@@ -75,16 +74,12 @@ class Case(Part):
     """The same, as a process usually is."""
 
 
-class Record(Part):
+class Record(Made):
     """What `results/memory/steps.json` holds."""
 
     about: str
     precision: str
     cases: dict[str, Case]
-    hardware: dict[str, str | int]
-    versions: dict[str, str]
-    git: str
-    time: str
 
 
 def recipe_of(name: str) -> Recipe:
@@ -161,10 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         about=" ".join((__doc__ or "").split("\n\n")[1].split()),
         precision="fp32",
         cases=cases,
-        hardware=machine(torch.device("cpu")),
-        versions=provenance.versions(),
-        git=provenance.git_revision(),
-        time=provenance.now(),
+        **here(torch.device("cpu")),
     )
     OUT.parent.mkdir(parents=True, exist_ok=True)
     write_text(OUT, json.dumps(record.model_dump(mode="json"), indent=1) + "\n")

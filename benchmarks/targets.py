@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks import evaluate, memory, time_to_robust
+from benchmarks import crops, evaluate, memory, time_to_robust
 from benchmarks.harness import RESULTS, Result, ratios
 
 BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
@@ -85,6 +85,12 @@ def _memory() -> Ratios:
     return memory.off(memory.Record.model_validate_json(memory.OUT.read_text()))
 
 
+def _crops() -> Ratios:
+    """Points of top-1 accuracy that our sets are above the folder: both views, both modes."""
+    record = crops.Record.model_validate_json(crops.OUT.read_text())
+    return [100 * record.difference(view, mode)[0] for view in crops.VIEWS for mode in crops.MODES]
+
+
 _BF16 = "over arae bf16"
 TARGETS = (
     Target("PGD-7 step, AlexNet 224 px, CPU: the reference library's as shipped over ours", "pgd-alexnet", 2.4,
@@ -100,6 +106,8 @@ TARGETS = (
            _ratio("loading-folder", "ImageFolder over arae jpg")),
     Target("Loading, CPU: ImageFolder + DataLoader over ours, raw", "loading-folder", 10.0,
            _ratio("loading-folder", "ImageFolder over arae raw")),
+    Target("Top-1 on crops of ours minus that on the folder's, points: middle and random, jpg and raw",
+           "crops/imagenet", -1.0, _crops),
     Target("Time to PGD-7's robust accuracy minus 1 point, share of PGD-7's", "time-to-robust/fashion-mnist", 1 / 3,
            _time_to_robust, most=True),
     Target("Peak memory of a step: by how much of it `plan` is off", "memory/steps", 0.15, _memory, most=True),

@@ -43,6 +43,7 @@ AXES = {
     "decoder.losses.feature": {"grid": [0.0, 0.01]},
 }
 RECIPE = (
+    "encoder.phases=[]",
     "encoder.steps=300",
     "decoder.steps=270",
     "data.limit=4000",

@@ -22,10 +22,10 @@ from arae.tracking.mirror import CARD
 
 SHORT = (
     "map.radii=[0,1.5]",
-    "encoder.steps=60",
-    "decoder.steps=30",
+    "encoder.steps=40",
+    "decoder.steps=20",
     "encoder.attack.steps=2",
-    "evaluate.n=200",
+    "evaluate.n=100",
     "evaluate.attacks.2.steps=10",
     "evaluate.attacks.2.restarts=2",
     "data.limit=4000",

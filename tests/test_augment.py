@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 import torch
 
+from arae.data import augment as module
 from arae.data.augment import augment, to_float
 from arae.seeds import mix, mix_array, mix_tensor
 
@@ -31,6 +32,14 @@ def reference(image: np.ndarray, identity: int, kinds: tuple[str, ...], pad: int
     return out / np.float32(255)
 
 
+@pytest.fixture(params=[False, True], ids=["together", "one by one"])
+def _large(request, monkeypatch):
+    """As images of these few pixels are gone through on a CPU, and as large ones are."""
+    if request.param:
+        monkeypatch.setattr(module, "LARGE", 1)
+
+
+@pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("kinds", [(), ("flip",), ("shift",), ("flip", "shift"), ("crop",)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_equals_one_sample_at_a_time(kinds, channels):
@@ -41,6 +50,7 @@ def test_equals_one_sample_at_a_time(kinds, channels):
     np.testing.assert_allclose(got.numpy(), np.stack(expected), atol=1e-6)
 
 
+@pytest.mark.usefixtures("_large")
 @pytest.mark.parametrize("kinds", [(), ("flip",), ("flip", "shift")])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_images_with_the_channels_last_stay_so_and_are_the_same(kinds, channels):
@@ -66,6 +76,13 @@ def test_flips_half_and_shifts_evenly():
     assert abs(flips - 0.5) < 0.02
     shifts = torch.bincount(mix_tensor(mix(0, "down"), ids) % 9) / len(ids)
     assert (shifts - 1 / 9).abs().max() < 0.01
+
+
+def test_images_gone_through_one_by_one_are_the_same_bits(monkeypatch):
+    together = augment(batch(), IDS, ("flip",), 0, seed=7)
+    monkeypatch.setattr(module, "LARGE", 1)
+    assert torch.equal(augment(batch(), IDS, ("flip",), 0, seed=7), together)
+    assert augment(batch()[:0], IDS[:0], ("flip",), 0, seed=7).shape == (0, 3, 9, 11)
 
 
 def test_to_float_spans_the_unit_range():

@@ -8,6 +8,9 @@ import torch
 
 from arae.seeds import mix, mix_tensor
 
+LARGE = 50_000
+"""Levels of an image from which a CPU takes the images of a batch one by one: about 3 × 128 × 128."""
+
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
     """uint8 levels to float32 in [0, 1], contiguous; the shape stays."""
@@ -26,7 +29,7 @@ def augment(images: torch.Tensor, ids: torch.Tensor, kinds: Sequence[str], pad: 
     flip = mix_tensor(mix(seed, "flip"), ids) & 1 == 1 if "flip" in kinds else None
     reach = pad if "shift" in kinds else 0
     if not reach:
-        return _float(images if flip is None else _flipped(images, flip))
+        return _float(images, flip)
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device).expand(len(ids), -1)
     columns = torch.arange(width, device=images.device).expand(len(ids), -1)
@@ -54,8 +57,16 @@ def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
     return chosen.permute(0, 3, 1, 2) if last else chosen
 
 
-def _float(images: torch.Tensor) -> torch.Tensor:
-    return images.to(torch.float32).div_(255)
+def _float(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
+    """Images in [0, 1], those of `flip` bool [m] mirrored; the order of their bytes stays."""
+    if images.device.type == "cpu" and len(images) and images[0].numel() >= LARGE:
+        # One after the other: an image in float stays in the cache between the two passes over it, a batch does not.
+        out = torch.empty_like(images, dtype=torch.float32)
+        turned = [False] * len(images) if flip is None else flip.tolist()
+        for image, made, turn in zip(images, out, turned, strict=True):
+            torch.div(image.flip(-1) if turn else image, 255, out=made)
+        return out
+    return (images if flip is None else _flipped(images, flip)).to(torch.float32).div_(255)
 
 
 def _offset(seed: int, name: str, ids: torch.Tensor, reach: int) -> torch.Tensor:

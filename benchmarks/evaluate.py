@@ -187,16 +187,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
-    with tempfile.TemporaryDirectory(prefix="arae-evaluate-") as place:
-        networks = tuple(judged(name, against, Path(place)) for name, against in ATTACKS.items())
-        torch.set_num_threads(1)
-        record = Record(
-            about=about,
-            networks=networks,
-            **here(CPU),
-        )
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    write_text(given.out, record.model_dump_json(indent=1) + "\n")
+    networks: list[Judged] = []
+    with tempfile.TemporaryDirectory(prefix="arae-evaluate-") as place:
+        for name, against in ATTACKS.items():
+            networks.append(judged(name, against, Path(place)))
+            torch.set_num_threads(1)
+            record = Record(about=about, networks=tuple(networks), **here(CPU))
+            write_text(given.out, record.model_dump_json(indent=1) + "\n")
     print("\n".join(each.line() for each in networks))
 
 

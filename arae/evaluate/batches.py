@@ -176,11 +176,6 @@ def mean_image(images: Tensor, size: int) -> Tensor:
     return (total / (255 * len(images))).float().cpu()
 
 
-def in_order(results: Iterable[tuple[int, Any]]) -> list[Any]:
-    """What `Team.do` gives, by the calls' places."""
-    return [result for _, result in sorted(results, key=lambda pair: pair[0])]
-
-
 Workers = Callable[[Batches], AbstractContextManager[Team]]
 """Sets up who measures batches as this one would; they are let go when the evaluation is over."""
 

@@ -12,8 +12,8 @@ from arae.attacks.ledger import Unit
 from arae.attacks.suite import autoattack
 from arae.attacks.threat import Threat as Ball
 from arae.config import Attack
-from arae.evaluate.batches import Batches, Measured, Note, Progress, Team, in_order
-from arae.evaluate.measure import Recorder, name_of, threat_of
+from arae.evaluate.batches import Batches, Measured, Note, Progress, Team
+from arae.evaluate.measure import Recorder, in_order, name_of, threat_of, watched
 from arae.evaluate.quality import Quality
 from arae.records import Record, Threat
 from arae.seeds import mix
@@ -110,12 +110,7 @@ class Evaluation:
 
     def _told(self, label: str, results: Iterator[tuple[int, Measured]]) -> list[Measured]:
         """The results by batch, and progress as they come."""
-        found, n = list[tuple[int, Measured]](), len(self.images)
-        self.progress(label, 0, n)
-        for one in results:
-            found.append(one)
-            self.progress(label, min(self.size * len(found), n), n)
-        return in_order(found)
+        return watched(results, label, self.size, len(self.images), self.progress)
 
     def _quality(self, found: Sequence[Measured], threat: Threat | None = None) -> list[Record]:
         quality = Quality(self.recipe.evaluate)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -170,3 +170,22 @@ def loss_weights(recipe: Recipe) -> dict[str, float] | None:
 def evenly(n: int, wanted: int | None) -> np.ndarray:
     """At most `wanted` (None: all) of n positions, spread from the first to the last, int64."""
     return np.linspace(0, n - 1, min(wanted or n, n)).round().astype(np.int64)
+
+
+def in_order(results: Iterable[tuple[int, Any]]) -> list[Any]:
+    """What `Team.do` gives, by the calls' places."""
+    return [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+def watched(
+    results: Iterable[tuple[int, Any]], label: str, size: int, n: int, progress: Callable[[str, int, int], None]
+) -> list[Any]:
+    """`in_order`, of batches of `size` that are n images together; `progress` is told of each as it comes."""
+
+    def counted() -> Iterator[tuple[int, Any]]:
+        progress(label, 0, n)
+        for count, one in enumerate(results, start=1):
+            yield one
+            progress(label, min(size * count, n), n)
+
+    return in_order(counted())

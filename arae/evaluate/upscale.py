@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import torch.nn.functional as F
 from torch import Tensor
 
-from arae.evaluate.measure import Recorder
+from arae.evaluate.measure import Recorder, watched
 from arae.evaluate.quality import Quality
 from arae.records import Record
 
 if TYPE_CHECKING:
-    from arae.evaluate.batches import Batches, Measured, Progress, Team
+    from arae.evaluate.batches import Batches, Progress, Team
 
 
 def upscaled(batches: Batches, images: Tensor, team: Team, progress: Progress) -> list[Record]:
@@ -28,12 +28,8 @@ def upscaled(batches: Batches, images: Tensor, team: Team, progress: Progress) -
     for factor in dict.fromkeys(settings.factors):
         protocol, quality = f"upscale-{factor}", Quality(settings)
         size = max(1, settings.batch // factor**2)
-        progress(protocol, 0, len(images))
-        results: list[tuple[int, Measured]] = []
-        for one in team.do("upscaled", ((factor, x) for x in images.split(size))):
-            results.append(one)
-            progress(protocol, min(len(results) * size, len(images)), len(images))
-        for _, found in sorted(results, key=lambda pair: pair[0]):
+        results = team.do("upscaled", ((factor, x) for x in images.split(size)))
+        for found in watched(results, protocol, size, len(images), progress):
             quality.take(found.quality, found.missing)
         records += recorder.quality(quality, protocol)
     return records

@@ -9,16 +9,15 @@ from collections.abc import Callable, Sequence
 import torch
 
 from arae.errors import AraeError
-from arae.files import write_text
 from arae.train.engine import default_device
 from benchmarks.decoder import decoder, decoder_conv5
 from benchmarks.encoding import encoding
-from benchmarks.harness import README, Result, read, section, with_tables, write
+from benchmarks.harness import Result, section, write
 from benchmarks.loader import NAME, folder_of_files, loading, photographs
 from benchmarks.outage import outage
 from benchmarks.overhead import overhead
 from benchmarks.step import encoder_small, pgd_alexnet, pgd_resnet18
-from benchmarks.targets import table, with_targets
+from benchmarks.targets import renew, table
 
 BENCHMARKS: dict[str, Callable[[torch.device], Result]] = {
     "pgd-alexnet": pgd_alexnet,
@@ -67,7 +66,7 @@ def main() -> None:
             continue
         write(result)
         # After each: a run that is cut short leaves tables and results that agree.
-        write_text(README, with_targets(with_tables(README.read_text(), read())))
+        renew()
         print(section(result), flush=True)
     print(table())
 

@@ -1,15 +1,18 @@
 """An account of one training step: what its time is spent on, kind by kind, for the steps that a target is about.
 
 Measured: one whole step of `step` and `decoder` in the device's best precision, as those make it: the median of three
-after one of warm-up, and in three more under PyTorch's profiler the time of each kernel. On a CPU they are CPU seconds
-of one thread, and what no kernel takes is Python and PyTorch's dispatch; on a GPU they are the kernels' own, and what
-none takes is waiting for a launch. `python -m benchmarks.account` writes `results/account/NAME.json`.
+after one of warm-up, and in three more under PyTorch's profiler the time of each kernel. On a CPU by the clock on the
+wall, one thread on a machine that should do nothing else: what no kernel takes is Python and PyTorch's dispatch. On a
+GPU by the device's clock: what none takes is waiting for a launch.
+
+`python -m benchmarks.account` writes `results/account/NAME.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -21,27 +24,32 @@ from arae.config import Part
 from arae.files import write_text
 from arae.train.engine import default_device
 from benchmarks import decoder, step
-from benchmarks.harness import RESULTS, Made, Work, cpu_clock, cuda_clock, here
+from benchmarks.harness import RESULTS, Made, Work, cuda_clock, here
 
 OUT = RESULTS / "account"
 STEPS = 3
 ON_CPU = {
     "convolutions": r"conv",
     "matrix products": r"addmm|aten::(mm|bmm|addr|mv|dot|linear|baddbmm)|mkldnn_linear",
-    "normalisation": r"norm",
+    "normalisation": r"(batch|layer|group)_norm",
     "pooling": r"pool",
-    "copies": r"copy|clone|cat$|fill|zero|contiguous|pad",
+    "copies": r"copy|clone|::cat$|fill|zero|contiguous|::(constant_)?pad",
     "optimiser": r"foreach|fused|lerp|addcdiv|addcmul",
     "other arithmetic": r"aten::",
 }
 ON_GPU = {
-    "convolutions and matrix products": r"gemm|conv|xmma|cutlass|wgrad|dgrad|fprop|cublas|winograd",
-    "normalisation": r"norm|bn_",
+    "convolutions and matrix products": r"gemm|conv(?!ert)|xmma|cutlass|wgrad|dgrad|fprop|cublas|winograd",
+    "normalisation": r"(batch|layer|group)_?norm|bn_",
     "pooling": r"pool",
-    "copies": r"memcpy|memset|copy|cat|nchw|nhwc|transpose|fill",
+    "copies": r"memcpy|memset|copy|catarray|nchwto|nhwcto|converttensor|transpose|fill",
     "optimiser": r"multi_tensor|foreach|fused",
     "other arithmetic": r"",
 }
+VIEWS = (
+    r"aten::(empty|view|_unsafe_view|as_strided|permute|transpose|t|flatten|reshape|detach|expand|unsqueeze|squeeze|"
+    r"slice|select|narrow|split|chunk|alias|_reshape_alias|resize_|set_|result_type|empty_like|empty_strided)$"
+)
+"""No arithmetic: dispatch alone."""
 REST = {"cpu": "Python and dispatch", "cuda": "waiting for launches"}
 
 
@@ -90,13 +98,20 @@ def account(name: str, precision: str, work: Work, device: torch.device) -> Acco
     torch.set_num_threads(threads if gpu else 1)
     try:
         work()
-        seconds = median((cuda_clock if gpu else cpu_clock)(work) for _ in range(STEPS))
+        seconds = median((cuda_clock if gpu else wall_clock)(work) for _ in range(STEPS))
         kernels = kernels_of(work, gpu=gpu)
         made = here(device)
     finally:
         torch.set_num_threads(threads)
     found = shares(kernels, seconds, ON_GPU if gpu else ON_CPU, REST[device.type])
     return Account(name=f"{name}-cuda" if gpu else name, precision=precision, seconds=seconds, shares=found, **made)
+
+
+def wall_clock(work: Work) -> float:
+    """Seconds; the profiler's are of this clock."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
 
 
 def kernels_of(work: Work, *, gpu: bool) -> list[Timed]:
@@ -110,7 +125,9 @@ def kernels_of(work: Work, *, gpu: bool) -> list[Timed]:
     found = []
     for one in told.key_averages():
         own = one.self_device_time_total if gpu else one.self_cpu_time_total
-        if one.device_type.name == of_device and (gpu or one.key.startswith("aten::")):
+        if one.device_type.name != of_device or one.is_user_annotation:  # those span what has been counted
+            continue
+        if gpu or (one.key.startswith("aten::") and not re.match(VIEWS, one.key)):
             found.append(Timed(name=one.key, seconds=own / 1e6 / STEPS))
     return found
 

@@ -1,9 +1,10 @@
 """What a network sees of photographs in arae's sets, and in the folder that they were made of.
 
-Top-1 accuracy of a trained SqueezeNet 1.1 on 500 photographs of ImageNet, one of each of 500 classes, shorter side 256
-pixels, JPEG files. `folder`: torchvision's ImageFolder under the transforms of ImageNet's training scripts. `jpg` and
-`raw`: what `arae encode … size=256` makes of the same folder, as training and evaluation load it. Twice: the middle of
-each photograph, as in validation, and random crops of 224 pixels (RandomResizedCrop), as in training, four of each.
+Top-1 accuracy of a trained SqueezeNet 1.1 on 500 photographs of ImageNet, one of each of 500 classes, JPEG files whose
+shorter side is 256 pixels at most (less in 50). They are training photographs: the accuracy itself says nothing, the
+differences do. `folder`: torchvision's ImageFolder. `jpg` and `raw`: what `arae encode … size=256` makes of the same
+folder, as training and evaluation load it. Twice: the middle of each photograph, the largest square at 224 pixels, as
+in validation; and random crops of 224 pixels (RandomResizedCrop), as in training, eight of each, each pipeline's own.
 
 n = 500 photographs, pairwise; 95 % intervals of the difference are over the photographs. That larger originals lose
 nothing by becoming 256 pixels high is not shown by this: there are none with labels here.
@@ -35,7 +36,7 @@ from benchmarks.loader import MODES, SIDE, SIZE, unpacked
 
 OUT = RESULTS / "crops" / "imagenet.json"
 ARCHIVE, WEIGHTS, NET = "imagenet_even.tar", "weights.tar", "weights/squeezenet1_1_caffe_fp16.pt"
-CROPS, BATCH = 4, 50
+CROPS, BATCH = 8, 50
 VIEWS = ("middle", "random")
 CPU = torch.device("cpu")
 Hits = dict[str, dict[str, list[int]]]
@@ -58,6 +59,12 @@ class Record(Made):
         """Ours minus the folder's, and half of the 95 % interval."""
         ours, theirs = (np.array(self.hits[view][name]) / self.crops[view] for name in (mode, "folder"))
         return float((ours - theirs).mean()), 1.96 * float((ours - theirs).std(ddof=1)) / len(ours) ** 0.5
+
+
+def interval(record: Record, view: str, mode: str) -> list[float]:
+    """Points by which ours is above the folder: the lower end of the 95 % interval, the difference, the upper end."""
+    difference, half = record.difference(view, mode)
+    return [100 * (difference - half), 100 * difference, 100 * (difference + half)]
 
 
 def measured() -> Record:
@@ -117,7 +124,7 @@ def from_folder(folder: Path, view: str) -> Iterable[tuple[Tensor, np.ndarray]]:
     from torchvision import transforms
     from torchvision.datasets import ImageFolder
 
-    cut = [transforms.Resize(SIDE), transforms.CenterCrop(SIZE)]
+    cut = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE)]
     if view == "random":
         cut = [transforms.RandomResizedCrop(SIZE)]
     images = ImageFolder(str(folder), transforms.Compose([*cut, transforms.ToTensor()]))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import io
+import json
 from statistics import mean
 from typing import TYPE_CHECKING, Any
 
@@ -93,7 +94,7 @@ def page(record: Record) -> str:
             "",
             *(f"- {_task(task)}" for task in RECIPES if record.of(task, "PGD-7")),
             "",
-            f"On {machine}; {record.time[:10]}, revision {record.git}.",
+            f"On {machine}; the last of the runs: {record.time[:10]}, revision {record.git}.",
             "",
             *table(record),
             "",
@@ -112,13 +113,20 @@ def page(record: Record) -> str:
 
 
 def _task(task: str) -> str:
-    """What its recipes have in common."""
-    attack, part = TASKS[task], BASE["encoder"]
-    steps = RECIPES[task]["PGD-7"].get("steps", part["steps"])
+    """What its recipes have in common, and what each changes."""
+    attack, part, base = TASKS[task], BASE["encoder"], RECIPES[task]["PGD-7"]
+    steps = base.get("steps", part["steps"])
     epochs = steps * part["batch"] / BASE["data"]["limit"]
+    changes = [
+        f"{name} has " + ", ".join(f"`{key}: {json.dumps(value)}`" for key, value in own.items())
+        for name, every in RECIPES[task].items()
+        if (own := {key: value for key, value in every.items() if base.get(key) != value})
+    ]
+    warmed = f", the radius growing over {base['radius_warmup']:g} of them" if "radius_warmup" in base else ""
     return (
-        f"`{task}`: radius {attack.eps:g}; PGD-7 makes {steps:,} steps of {part['batch']} images, {epochs:.0f} epochs. "
-        "Every recipe's rate falls to zero at its own end, so a shorter training is one that was meant to be short."
+        f"`{task}`: radius {attack.eps:g}; PGD-7 makes {steps:,} steps of {part['batch']} images, {epochs:.0f} "
+        f"epochs{warmed}. {'; '.join(changes)}. Every recipe's rate falls to zero at its own end, so a shorter "
+        "training is one that was meant to be short."
     )
 
 

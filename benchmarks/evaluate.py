@@ -188,14 +188,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(1)
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     given.out.parent.mkdir(parents=True, exist_ok=True)
-    networks: list[Judged] = []
+    # One network after the other takes the place of its older self: what is stopped leaves a whole record.
+    old = Record.model_validate_json(given.out.read_text()).networks if given.out.is_file() else ()
+    networks = {each.network: each for each in old}
     with tempfile.TemporaryDirectory(prefix="arae-evaluate-") as place:
         for name, against in ATTACKS.items():
-            networks.append(judged(name, against, Path(place)))
+            made = judged(name, against, Path(place))
+            networks[made.network] = made
             torch.set_num_threads(1)
-            record = Record(about=about, networks=tuple(networks), **here(CPU))
+            record = Record(about=about, networks=tuple(networks.values()), **here(CPU))
             write_text(given.out, record.model_dump_json(indent=1) + "\n")
-    print("\n".join(each.line() for each in networks))
+    print("\n".join(each.line() for each in networks.values()))
 
 
 if __name__ == "__main__":

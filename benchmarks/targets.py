@@ -1,7 +1,8 @@
 """What is aimed at beside what was measured: a table made from the results, in `README.md` and after every run.
 
-Each row is a ratio of one paired run on one machine, its median and range over the rounds, and n; on which machine, the
-result that it names says. A row whose result is not there says so.
+Each row is a ratio of one paired run on one machine, its median and range over the rounds, and n; of accuracies it is a
+difference and its 95 % interval, and n photographs. On which machine, the result that it names says. A row whose result
+is not there says so. `python -m benchmarks.targets` renews the page.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
-from benchmarks import account, crops, evaluate, memory, time_to_robust
+from arae.files import write_text
+from benchmarks import account, crops, evaluate, harness, memory, time_to_robust
 from benchmarks.harness import RESULTS, Result, ratios
 
 BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
@@ -27,6 +29,8 @@ class Target(NamedTuple):
     measured: Callable[[], Ratios]
     most: bool = False
     """Whether it is to be at most the bound, not at least."""
+    n: int | None = None
+    """Of what the values are an interval and its middle; default: they are so many rounds."""
 
     def row(self) -> str:
         """The row in Markdown."""
@@ -37,7 +41,7 @@ class Target(NamedTuple):
             return f"| {self.what} | {aim} | not measured yet | - | `{self.result}` |"
         middle = median(values)
         met = middle <= self.bound if self.most else middle >= self.bound
-        found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {len(values)}"
+        found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {self.n or len(values)}"
         return f"| {self.what} | {aim} | {found} | {'yes' if met else 'no'} | `{self.result}` |"
 
 
@@ -85,12 +89,11 @@ def _memory() -> Ratios:
     return memory.off(memory.Record.model_validate_json(memory.OUT.read_text()))
 
 
-def _crops(view: str) -> Callable[[], Ratios]:
-    """Points of top-1 accuracy that our sets are above the folder, by mode."""
+def _crops(view: str, mode: str) -> Callable[[], Ratios]:
+    """Points of top-1 accuracy that our sets are above the folder."""
 
     def found() -> Ratios:
-        record = crops.Record.model_validate_json(crops.OUT.read_text())
-        return [100 * record.difference(view, mode)[0] for mode in crops.MODES]
+        return crops.interval(crops.Record.model_validate_json(crops.OUT.read_text()), view, mode)
 
     return found
 
@@ -110,9 +113,9 @@ TARGETS = (
            _ratio("loading-folder", "ImageFolder over arae jpg")),
     Target("Loading, CPU: ImageFolder + DataLoader over ours, raw", "loading-folder", 10.0,
            _ratio("loading-folder", "ImageFolder over arae raw")),
-    Target("Top-1 on the middles of ours minus that on the folder's, points: jpg and raw", "crops/imagenet", -1.0,
-           _crops("middle")),
-    Target("Top-1 on random crops, the same", "crops/imagenet", -1.0, _crops("random")),
+    *(Target(f"Top-1 on {what} of our {mode} set minus that on the folder's, points", "crops/imagenet", -1.0,
+             _crops(view, mode), n=500)
+      for view, what in (("middle", "the middles"), ("random", "random crops")) for mode in crops.MODES),
     Target("Time to PGD-7's robust accuracy minus 1 point, share of PGD-7's", "time-to-robust/fashion-mnist", 1 / 3,
            _time_to_robust, most=True),
     Target("Peak memory of a step: by how much of it `plan` is off", "memory/steps", 0.15, _memory, most=True),
@@ -140,3 +143,12 @@ def with_targets(page: str) -> str:
     _, end, after = rest.partition(END)
     assert end, f"the page has no {BEGIN} … {END}"
     return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"
+
+
+def renew() -> None:
+    """Write the page anew, from the results as they are."""
+    write_text(harness.README, with_targets(harness.with_tables(harness.README.read_text(), harness.read())))
+
+
+if __name__ == "__main__":
+    renew()

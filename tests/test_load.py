@@ -1,5 +1,6 @@
 import importlib.util
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -105,10 +106,11 @@ def test_colour_becomes_luma_and_grey_stays_exact():
     assert torch.equal(to_channels(to_channels(grey, 3), 1), grey)
 
 
-@pytest.mark.parametrize("written", ["npz", "beton"])
+@pytest.mark.parametrize("written", ["npz", pytest.param("beton", marks=needs_ffcv)])
 def test_pixels_as_they_are_need_no_ffcv(grey, tmp_path, written):
-    encode(str(grey), tmp_path / "x.beton", EncodeOptions(split="all"))
     path = grey if written == "npz" else tmp_path / "x.beton"
+    if written == "beton":
+        encode(str(grey), path, EncodeOptions(split="all"))
     script = (
         "import sys, torch; sys.modules['ffcv'] = None\n"
         "from arae.config import Data; from arae.data.load import open_source\n"
@@ -116,6 +118,34 @@ def test_pixels_as_they_are_need_no_ffcv(grey, tmp_path, written):
     )
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
     assert (run.stdout.strip(), run.returncode) == ("50", 0), run.stderr
+
+
+@needs_ffcv
+@pytest.mark.parametrize("mode", ["raw", "jpg"])
+def test_a_file_that_is_held_is_what_is_streamed(tmp_path, mode, monkeypatch):
+    """Of one size, in several chunks: raw pixels are copied, JPEG is decoded."""
+    monkeypatch.setattr("arae.data.ffcv_io.CHUNK", 8)
+    pixels = np.random.default_rng(0).integers(0, 256, (30, 12, 10, 3), np.uint8)
+    np.savez(tmp_path / "c.npz", images=pixels, labels=np.arange(30) % 2)
+    encode(str(tmp_path / "c.npz"), tmp_path / "c.beton", EncodeOptions(split="all", mode=mode))
+    held, streamed = (
+        open_source(Data(train=str(tmp_path / "c.beton"), loader=loader), "train", CPU)
+        for loader in ("resident", "ffcv")
+    )
+    ids = stream(30, 10, 0, 0, 3)
+    assert torch.equal(drawn(held, ids), drawn(streamed, ids))
+    if mode == "raw":
+        assert np.array_equal(drawn(held, np.arange(30)[None])[0].permute(0, 2, 3, 1).numpy(), pixels)
+
+
+@needs_ffcv
+def test_a_file_that_becomes_shorter_is_refused(grey, tmp_path):
+    path = tmp_path / "x.beton"
+    encode(str(grey), path, EncodeOptions(split="all"))
+    file = beton.check(path)
+    os.truncate(path, int(file.pointers.max()) + 1)
+    with pytest.raises(InputError, match=r"x\.beton has become shorter while it was read"):
+        list(file.pixels(np.arange(file.n), 8))
 
 
 @needs_ffcv

@@ -125,7 +125,8 @@ class Phase(Part):
     until: Annotated[float, Field(gt=0, lt=1)]
     """Share of the stage's steps at which the next phase begins."""
     steps: Count | None = None
-    """Steps of the attack; default: its own. A step_size that is given is longer by as much as they are fewer."""
+    """Steps of the attack, where it has more; default: its own. A step_size that is given is longer by as much as they
+    are fewer."""
     scale: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Factor on the images' side. An l2 radius shrinks with it, so that a pixel is perturbed by as much."""
 
@@ -230,10 +231,10 @@ class Encoder(Stage):
             return self
         if self.objective.kind != "at":
             raise ValueError(f"noise is for objective.kind = at, not {self.objective.kind}: set it to 0")
-        if attack.steps != 1 or attack.random_start or attack.restarts != 1 or any(p.steps for p in self.phases):
+        if attack.steps != 1 or attack.random_start or attack.restarts != 1:
             raise ValueError(
-                f"noise = {self.noise:g} goes before a single step: set attack.steps to 1, and leave random_start, "
-                "restarts and the phases' steps out"
+                f"noise = {self.noise:g} goes before a single step: set attack.steps to 1, and leave random_start and "
+                "restarts out"
             )
         check_radius(attack.norm, self.noise * attack.eps, "noise · attack.eps")
         return self
@@ -243,11 +244,10 @@ class Encoder(Stage):
         attack = self.attack
         if self.replays == 1 or not attack.eps:
             return self
-        stepping = attack.steps != 1 or attack.restarts != 1 or any(p.steps for p in self.phases)
-        if stepping or self.noise or self.objective.kind != "at":
+        if attack.steps != 1 or attack.restarts != 1 or self.noise or self.objective.kind != "at":
             raise ValueError(
                 f"replays = {self.replays} are attacks of one step each, with objective.kind = at: set attack.steps to "
-                "1, and leave restarts, noise and the phases' steps out"
+                "1, and leave restarts and noise out"
             )
         return self
 
@@ -270,7 +270,7 @@ class Encoder(Stage):
     def _span(self, phase: Phase) -> Span:
         attack, changes = self.attack, dict[str, Any]()
         shrunk = phase.scale if attack.norm == "l2" else 1.0
-        steps = phase.steps or attack.steps
+        steps = min(phase.steps or attack.steps, attack.steps)
         if attack.step_size is not None:
             changes["step_size"] = attack.step_size * shrunk * attack.steps / steps
         changes |= {"eps": attack.eps * shrunk, "steps": steps}

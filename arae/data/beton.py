@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -91,14 +93,21 @@ class Beton:
         """Whether the samples `rows` lie in the file as pixels of this (height, width), so that `pixels` has them."""
         return self.constant_shape == size and bool((self.modes[rows] == RAW).all())
 
-    def pixels(self, rows: np.ndarray) -> np.ndarray:
-        """Images uint8 [m, H, W, 3] of raw samples of one size, int64 [m]."""
+    def pixels(self, rows: np.ndarray, chunk: int) -> Iterator[np.ndarray]:
+        """The raw samples `rows`, int64 [m], of one size: `chunk` at a time, uint8 [≤ chunk, H, W, 3].
+
+        The file is opened once, so that one that takes its place meanwhile is not mixed in. InputError where it has
+        become shorter.
+        """
         assert self.constant_shape is not None
-        images = np.empty((len(rows), *self.constant_shape, 3), np.uint8)
-        there, flat = np.memmap(self.path, np.uint8, mode="r"), images.reshape(len(rows), -1)
-        for image, start in zip(flat, self.pointers[rows].tolist(), strict=True):
-            image[:] = there[start : start + image.size]
-        return images
+        with self.path.open("rb") as file:
+            for start in range(0, len(rows), chunk):
+                pointers = self.pointers[rows[start : start + chunk]].tolist()
+                images = np.empty((len(pointers), *self.constant_shape, 3), np.uint8)
+                for image, pointer in zip(images, pointers, strict=True):
+                    if os.preadv(file.fileno(), [image.data], pointer) != image.nbytes:
+                        raise InputError(f"{self.path} has become shorter while it was read; {_AGAIN}")
+                yield images
 
 
 def manifest_path(path: Path) -> Path:

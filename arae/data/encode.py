@@ -117,7 +117,7 @@ def encode(
             if ready:
                 tell("ready", ready.n, ready.n)
                 return ready
-            if find_spec("ffcv") is None:  # writing could do without, but nobody could read it
+            if find_spec("ffcv") is None:  # writing could do without, but hardly anything could read it
                 ffcv_io.need_ffcv(f"encoding to {dest}")
             return work.write(note or (lambda text: None))
     except LostImageError as error:

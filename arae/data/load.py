@@ -240,8 +240,8 @@ def _from_beton(
 
 def _stored(file: beton.Beton, rows: np.ndarray) -> Iterator[tuple[int, torch.Tensor]]:
     """As `ffcv_io.in_chunks`, of raw samples."""
-    for start in range(0, len(rows), ffcv_io.CHUNK):
-        yield start, torch.from_numpy(file.pixels(rows[start : start + ffcv_io.CHUNK])).permute(0, 3, 1, 2)
+    for number, images in enumerate(file.pixels(rows, ffcv_io.CHUNK)):
+        yield number * ffcv_io.CHUNK, torch.from_numpy(images).permute(0, 3, 1, 2)
 
 
 def _held(

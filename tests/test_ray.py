@@ -35,7 +35,7 @@ def test_sigterm_saves_on_two_workers_and_the_same_command_goes_on(
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not told(folder, "interval"):
             assert process.poll() is None, process.communicate()[1]
             assert time.monotonic() < deadline

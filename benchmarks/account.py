@@ -10,11 +10,9 @@ GPU by the device's clock: what none takes is waiting for a launch.
 
 from __future__ import annotations
 
-import argparse
 import re
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from statistics import median
 
 import torch
@@ -147,22 +145,19 @@ def steps(device: torch.device) -> dict[str, Callable[[str], Work]]:
     }
 
 
-def read(folder: Path = OUT) -> list[Account]:
+def read() -> list[Account]:
     """All there are."""
-    return [Account.model_validate_json(path.read_text()) for path in sorted(folder.glob("*.json"))]
+    return [Account.model_validate_json(path.read_text()) for path in sorted(OUT.glob("*.json"))]
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main() -> None:
     """Make them."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.account", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT)
-    given = parser.parse_args(arguments)
     device = default_device()
     precision = step.precisions_of(device)[-1]
     for name, maker in steps(device).items():
         made = account(name, precision, maker(precision), device)
-        given.out.mkdir(parents=True, exist_ok=True)
-        write_text(given.out / f"{made.name}.json", made.model_dump_json(indent=1) + "\n")
+        OUT.mkdir(parents=True, exist_ok=True)
+        write_text(OUT / f"{made.name}.json", made.model_dump_json(indent=1) + "\n")
         print(made.line(), flush=True)
 
 

@@ -31,6 +31,7 @@ from arae.data.encode import EncodeOptions, encode
 from arae.data.load import open_source, stream
 from arae.errors import InputError
 from arae.files import write_text
+from arae.models.taps import IMAGENET_MEAN, IMAGENET_STD
 from benchmarks.harness import RESULTS, Made, here
 from benchmarks.loader import MODES, SIDE, SIZE, unpacked
 
@@ -99,7 +100,7 @@ def classifier(archive: Path) -> Callable[[Tensor], Tensor]:
     net: nn.Module = squeezenet1_1(weights=None)
     net.load_state_dict({name: value.float() for name, value in weights.items()})
     net.eval()
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     @torch.inference_mode()
     def classify(images: Tensor) -> Tensor:

@@ -10,9 +10,9 @@
   float images, 3 × 224 × 224, cropped at random and flipped: torchvision's ImageFolder and DataLoader (no workers, so
   that all is one process's) on the folder, and arae on what `arae encode … size=256` makes of it. Beside them what is
   like for like: ImageFolder on a folder of the same photographs scaled to 256 pixels; what decoding and cropping take
-  of ours, without flips and floats, which is what limits it; and the bytes of the raw file
-  copied out of it, which is the least that reading can take. 14 photographs, each four times; one timing is eight
-  epochs, 448 images; n = 5 rounds, 1 of warm-up.
+  of ours, without flips and floats, which is what limits it; and the bytes of the raw file copied out of it, which is
+  the least that reading can take. 14 photographs, each four times; one timing is eight epochs, 448 images; n = 5
+  rounds, 1 of warm-up.
 
 The photographs are taken from the folder that `ARAE_TEST_DATA` names. CPU seconds count FFCV's decoding threads, and
 starting them once a timing, as at the start of a stage. The files lie in the page cache: what a disk must deliver is in

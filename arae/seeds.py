@@ -30,12 +30,16 @@ def mix(*parts: int | str) -> int:
     return state & _MASK63
 
 
-def mix_array(address: int, ids: np.ndarray) -> np.ndarray:
-    """`mix(address, id)` of every id: int64 of any shape in, int64 in [0, 2**63) of the same shape out."""
-    z = (ids.astype(np.uint64) ^ np.uint64(_fold(0, address))) + np.uint64(GOLDEN)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND)
-    return ((z ^ (z >> np.uint64(31))) & np.uint64(_MASK63)).astype(np.int64)
+def mix_array(address: int, *parts: np.ndarray) -> np.ndarray:
+    """`mix(address, *parts)` of arrays of ids, element by element: int64 in, of shapes that broadcast; int64 in
+    [0, 2**63) of the shape they broadcast to out."""
+    state = np.array(_fold(0, address), np.uint64)
+    for part in parts:
+        z = (part.astype(np.uint64) ^ state) + np.uint64(GOLDEN)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(FIRST)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(SECOND)
+        state = z ^ (z >> np.uint64(31))
+    return np.asarray(state & np.uint64(_MASK63)).astype(np.int64)
 
 
 def mix_tensor(address: int, ids: torch.Tensor) -> torch.Tensor:

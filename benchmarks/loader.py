@@ -2,7 +2,7 @@
 
 - `loading` handing out batches of 256 uint8 images, 1 × 28 × 28, in the shuffled order of training. On Fashion-MNIST's
   60,000 training images, encoded raw by arae into a temporary folder first (not timed). One timing is 100 batches,
-  25,600 images; n = 7 rounds, 1 of warm-up, in which FFCV's decoder is compiled, as for any file of this length.
+  25,600 images; n = 7 rounds, 1 of warm-up.
 - `loading-photographs` streaming uint8 images, 3 × 224 × 224, each a random crop (as ImageNet's training does), in
   shuffled order, from `.beton` files that `arae encode … size=256` made of 500 photographs of ImageNet (not timed). One
   timing is two epochs, 1,000 images; n = 7 rounds, 1 of warm-up.

@@ -103,6 +103,8 @@ def test_mixing_is_one_function_for_numbers_arrays_and_tensors(address):
     assert mix_array(address, ids).tolist() == expected
     assert mix_tensor(address, torch.from_numpy(ids)).tolist() == expected
     assert all(0 <= value < 2**63 for value in expected)
+    table = mix_array(address, ids, np.arange(3)[:, None])
+    assert table.tolist() == [[mix(address, int(i), k) for i in ids] for k in range(3)]
 
 
 def test_mixing_is_fixed_and_separates_addresses():

@@ -260,13 +260,13 @@ def test_both_caches_give_the_same_bytes_in_any_epoch(encoded: Path, monkeypatch
     found = {}
     for kind in ("page", "process"):
         monkeypatch.setenv("ARAE_FFCV_CACHE", kind)
-        decoding = ffcv_io.Decoding(file, (32, 32), crop_seed=1, jit=False)
+        decoding = ffcv_io.Decoding(file, (32, 32), crop_seed=1)
         found[kind] = torch.stack([*decoding.batches(ids), *decoding.batches(ids[::-1])])
         assert list(decoding._loaders) == [kind]
     assert torch.equal(found["page"], found["process"])
     monkeypatch.setenv("ARAE_FFCV_CACHE", "both")
     with pytest.raises(InputError, match="ARAE_FFCV_CACHE=both: write page, process or auto"):
-        next(ffcv_io.Decoding(file, (32, 32), jit=False).batches(ids))
+        next(ffcv_io.Decoding(file, (32, 32)).batches(ids))
 
 
 @needs_ffcv
@@ -282,7 +282,7 @@ def test_a_file_larger_than_memory_is_read_in_order_through_the_process_cache(
         (size - 1, in_order, ["page", "process"]),  # the first to look at the file by
     ]:
         monkeypatch.setattr(ffcv_io, "available_memory", lambda available=available: available)
-        decoding = ffcv_io.Decoding(file, (16, 16), jit=False)
+        decoding = ffcv_io.Decoding(file, (16, 16))
         assert len(list(decoding.batches(ids))) == 24
         assert list(decoding._loaders) == expected
 

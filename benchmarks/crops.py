@@ -4,7 +4,8 @@ Top-1 accuracy of a trained SqueezeNet 1.1 on 500 photographs of ImageNet, one o
 shorter side is 256 pixels at most (less in 50). They are training photographs: the accuracy itself says nothing, the
 differences do. `folder`: torchvision's ImageFolder. `jpg` and `raw`: what `arae encode … size=256` makes of the same
 folder, as training and evaluation load it. Twice: the middle of each photograph, the largest square at 224 pixels, as
-in validation; and random crops of 224 pixels (RandomResizedCrop), as in training, eight of each, each pipeline's own.
+in validation; and random crops of 224 pixels, as in training, eight of each. arae draws those as torchvision's
+RandomResizedCrop does; here all three pipelines get the same windows, that chance does not tell them apart.
 
 n = 500 photographs, pairwise; 95 % intervals of the difference are over the photographs. That larger originals lose
 nothing by becoming 256 pixels high is not shown by this: there are none with labels here.
@@ -20,24 +21,27 @@ import tarfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from arae.config import Data
+from arae.data import windows
 from arae.data.augment import to_float
 from arae.data.encode import EncodeOptions, encode
 from arae.data.load import open_source, stream
 from arae.errors import InputError
 from arae.files import write_text
 from arae.models.taps import IMAGENET_MEAN, IMAGENET_STD
+from arae.seeds import mix
 from benchmarks.harness import RESULTS, Made, here
 from benchmarks.loader import MODES, SIDE, SIZE, unpacked
 
 OUT = RESULTS / "crops" / "imagenet.json"
 ARCHIVE, WEIGHTS, NET = "imagenet_even.tar", "weights.tar", "weights/squeezenet1_1_caffe_fp16.pt"
-CROPS, BATCH = 8, 50
+CROPS, BATCH, SEED = 8, 50, 0
 VIEWS = ("middle", "random")
 CPU = torch.device("cpu")
 Hits = dict[str, dict[str, list[int]]]
@@ -78,13 +82,13 @@ def measured() -> Record:
     with TemporaryDirectory() as made:
         place = Path(made)
         folder = unpacked(Path(given) / ARCHIVE, place / "images")
-        for view in VIEWS:
-            hits[view]["folder"] = counted(net, from_folder(folder, view))
         for mode in MODES:
             path = place / f"{mode}.beton"
             encode(str(folder), path, EncodeOptions(split="all", mode=mode, size=SIDE))
             for view in VIEWS:
                 hits[view][mode] = counted(net, from_set(path, view))
+        for view in VIEWS:
+            hits[view]["folder"] = counted(net, from_folder(folder, view))
     about = " ".join((__doc__ or "").split("\n\n")[1].split())
     return Record(about=about, hits=hits, crops={"middle": 1, "random": CROPS}, **here(CPU))
 
@@ -117,37 +121,51 @@ def counted(classify: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
         for number, one in zip(numbers.tolist(), found.tolist(), strict=True):
             # One of every second class, in the classes' order.
             right[number] = right.get(number, 0) + (one == 2 * number)
+    assert sorted(right) == list(range(len(right)))
     return [right[number] for number in sorted(right)]
 
 
 def from_folder(folder: Path, view: str) -> Iterable[tuple[Tensor, np.ndarray]]:
     """As ImageNet's training scripts load a folder."""
-    from torchvision import transforms
     from torchvision.datasets import ImageFolder
+    from torchvision.transforms import functional as change
 
-    cut = [transforms.Resize(SIZE), transforms.CenterCrop(SIZE)]
-    if view == "random":
-        cut = [transforms.RandomResizedCrop(SIZE)]
-    images = ImageFolder(str(folder), transforms.Compose([*cut, transforms.ToTensor()]))
+    images = ImageFolder(str(folder))
     numbers = np.array([int(Path(path).stem) for path, _ in images.samples])
-    torch.manual_seed(0)
-    for _ in range(1 if view == "middle" else CROPS):
-        for start in range(0, len(images), BATCH):
-            rows = range(start, min(start + BATCH, len(images)))
-            yield torch.stack([images[row][0] for row in rows]), numbers[rows.start : rows.stop]
+    for row in order(len(images), view):
+        made = []
+        for identity in row.tolist():
+            image: Any = images[identity % len(images)][0]
+            if view == "random":
+                top, left, height, width = window(identity, len(images), image.size)
+                image = change.resized_crop(image, top, left, height, width, [SIZE, SIZE])
+            else:
+                image = change.center_crop(change.resize(image, [SIZE]), [SIZE, SIZE])
+            made.append(change.to_tensor(image))
+        yield torch.stack(made), numbers[row % len(images)]
+
+
+def window(identity: int, n: int, size: tuple[int, int]) -> list[int]:
+    """What arae's loader cuts out of an image (width, height) for an id: top, left, height, width."""
+    parts = (np.array([part]) for part in (*divmod(identity, n), size[1], size[0]))
+    return windows.random(mix(SEED, "crop"), *parts)[0].tolist()
 
 
 def from_set(path: Path, view: str) -> Iterable[tuple[Tensor, np.ndarray]]:
     """As arae loads its set."""
-    random = view == "random"
     data = Data(train=str(path), test=str(path), size=SIZE, channels=3, loader="ffcv", augment=("crop",))
-    source = open_source(data, "train" if random else "test", CPU, workers=1)
+    source = open_source(data, "train" if view == "random" else "test", CPU, seed=SEED, workers=1)
     n = source.n
     # A folder's files come by class: those of even numbers, then the others.
     numbers = np.array([*range(0, n, 2), *range(1, n, 2)])
-    ids = stream(n, BATCH, 0, 0, CROPS * n // BATCH) if random else np.arange(n).reshape(-1, BATCH)
+    ids = order(n, view)
     for row, images in zip(ids, source.batches(ids), strict=True):
         yield to_float(images), numbers[row % n]
+
+
+def order(n: int, view: str) -> np.ndarray:
+    """Ids int64 [batches, images]."""
+    return stream(n, BATCH, 0, 0, CROPS * n // BATCH) if view == "random" else np.arange(n).reshape(-1, BATCH)
 
 
 def table(record: Record) -> list[str]:

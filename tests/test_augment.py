@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from arae.data import augment as module
+from arae import by_image
 from arae.data.augment import augment, to_float
 from arae.seeds import mix, mix_array, mix_tensor
 
@@ -36,7 +36,7 @@ def reference(image: np.ndarray, identity: int, kinds: tuple[str, ...], pad: int
 def _large(request, monkeypatch):
     """As images of these few pixels are gone through on a CPU, and as large ones are."""
     if request.param:
-        monkeypatch.setattr(module, "LARGE", 1)
+        monkeypatch.setattr(by_image, "LARGE", 1)
 
 
 @pytest.mark.usefixtures("_large")
@@ -80,7 +80,7 @@ def test_flips_half_and_shifts_evenly():
 
 def test_images_gone_through_one_by_one_are_the_same_bits(monkeypatch):
     together = augment(batch(), IDS, ("flip",), 0, seed=7)
-    monkeypatch.setattr(module, "LARGE", 1)
+    monkeypatch.setattr(by_image, "LARGE", 1)
     assert torch.equal(augment(batch(), IDS, ("flip",), 0, seed=7), together)
     assert augment(batch()[:0], IDS[:0], ("flip",), 0, seed=7).shape == (0, 3, 9, 11)
 

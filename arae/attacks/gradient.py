@@ -116,8 +116,7 @@ def perturb_until_misclassified(
             rows, direction = rows[going], direction[going]
             if len(rows) == 0:
                 break
-            step = size * threat.steepest(direction)
-            images[rows] = (x[rows] + threat.project(images[rows] - x[rows] + step)).clamp(0, 1)
+            images[rows] = threat.move(images[rows], x[rows], direction, size)
     return images
 
 
@@ -189,8 +188,7 @@ class _Search:
         """Ascend the loss from `start`, and after each step project onto the ball, then onto [0, 1]."""
         images = start
         for _ in range(self.steps):
-            step = self.step * self.threat.steepest(self.gradient(images, y))
-            images = (x + self.threat.project(images - x + step)).clamp(0, 1)
+            images = self.threat.move(images, x, self.gradient(images, y), self.step)
         return images
 
     def gradient(self, images: Tensor, y: Tensor) -> Tensor:

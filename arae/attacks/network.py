@@ -9,11 +9,14 @@ kernels are slowest at, is computed on blocks of pixels.
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd.function import once_differentiable
 
 from arae.attacks.stem import Stem, strided
+from arae.by_image import image_by_image
 from arae.models.taps import Encoder
 
 
@@ -58,7 +61,7 @@ class AttackNetwork(nn.Module):
         assert self._form is not None, "refresh() first"
         model = self._model[0]
         with torch.autocast(x.device.type, enabled=False):
-            return self.net(((x - model.mean) / model.std).to(self._form[1]))
+            return self.net(_Normalised.apply(x, model.mean, model.std, self._form[1]))
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         for module in self.net.modules():
@@ -67,6 +70,30 @@ class AttackNetwork(nn.Module):
             for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                 form = torch.float32 if kept else dtype
                 tensor.data = _last(tensor.data.to(device, form if tensor.is_floating_point() else tensor.dtype))
+
+
+class _Normalised(torch.autograd.Function):
+    """(x - mean) / std in another precision, and its gradient in x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mean: Tensor, std: Tensor, dtype: torch.dtype) -> Tensor:
+        """Of images [N, C, H, W]."""
+        ctx.std, ctx.dtype = std, x.dtype
+
+        def work(x: Tensor, out: Tensor) -> None:
+            out.copy_((x - mean).div_(std))
+
+        return image_by_image(work, x, dtype=dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        """The image's."""
+
+        def work(gradient: Tensor, out: Tensor) -> None:
+            out.copy_(gradient).div_(ctx.std)
+
+        return image_by_image(work, gradient, dtype=ctx.dtype), None, None, None
 
 
 def fold(conv: nn.Conv2d, norm: nn.BatchNorm2d, both: nn.Conv2d) -> None:

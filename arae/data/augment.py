@@ -6,10 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from arae.by_image import image_by_image, large
 from arae.seeds import mix, mix_tensor
-
-LARGE = 50_000
-"""Levels of an image from which a CPU takes the images of a batch one by one: about 3 × 128 × 128."""
 
 
 def to_float(images: torch.Tensor) -> torch.Tensor:
@@ -59,14 +57,17 @@ def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 
 def _float(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """Images in [0, 1], those of `flip` bool [m] mirrored; the order of their bytes stays."""
-    if images.device.type == "cpu" and len(images) and images[0].numel() >= LARGE:
-        # One after the other: an image in float stays in the cache between the two passes over it, a batch does not.
-        out = torch.empty_like(images, dtype=torch.float32)
-        turned = [False] * len(images) if flip is None else flip.tolist()
-        for image, made, turn in zip(images, out, turned, strict=True):
-            torch.div(image.flip(-1) if turn else image, 255, out=made)
-        return out
-    return (images if flip is None else _flipped(images, flip)).to(torch.float32).div_(255)
+    if flip is not None and large(images):
+        return image_by_image(_turned, images, flip, dtype=torch.float32)
+    return image_by_image(_divided, images if flip is None else _flipped(images, flip), dtype=torch.float32)
+
+
+def _divided(images: torch.Tensor, out: torch.Tensor) -> None:
+    out.copy_(images).div_(255)
+
+
+def _turned(image: torch.Tensor, flip: torch.Tensor, out: torch.Tensor) -> None:
+    _divided(image.flip(-1) if flip else image, out)
 
 
 def _offset(seed: int, name: str, ids: torch.Tensor, reach: int) -> torch.Tensor:

@@ -112,9 +112,8 @@ class EncoderTrainer:
                 self.buffers.keep()
                 assert images.grad is not None
                 # A loss scaled for fp16 may overflow: that update is left out, and a pixel without a number stays.
-                direction = threat.steepest(images.grad.nan_to_num(0.0, 0.0, 0.0))
-                moved = threat.project(images.detach() - micro.images + size * direction)
-                perturbed[i] = (micro.images + moved).clamp(0, 1)
+                gradient = images.grad.nan_to_num(0.0, 0.0, 0.0)
+                perturbed[i] = threat.move(images, micro.images, gradient, size)
                 hits = (logits.detach().argmax(1) == micro.labels).float().mean()
                 seen.append({"loss": loss.detach(), "train_accuracy": hits})
             self.learner.update()

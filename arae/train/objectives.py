@@ -130,6 +130,6 @@ def _climb(
     size = 2.5 * attack.eps / attack.steps if attack.step_size is None else attack.step_size
     for _ in range(attack.steps):
         logits, _, direction = ascent(model, images, criterion)
-        images = (x + threat.project(images - x + size * threat.steepest(direction))).clamp(0, 1)
+        images = threat.move(images, x, direction, size)
         seen.append(logits)
     return images, seen

@@ -11,7 +11,7 @@
   that all is one process's) on the folder, and arae on what `arae encode … size=256` makes of it. Beside them what is
   like for like: ImageFolder on a folder of the same photographs scaled to 256 pixels; what decoding and cropping take
   of ours, without flips and floats, which is what limits it; and the bytes of the raw file copied out of it, which is
-  the least that reading can take. 14 photographs, each four times; one timing is eight epochs, 448 images; n = 5
+  the least that reading can take. 14 photographs, each four times; one timing is eight epochs, 448 images; n = 9
   rounds, 1 of warm-up.
 
 The photographs are taken from the folder that `ARAE_TEST_DATA` names. CPU seconds count FFCV's decoding threads, and
@@ -156,7 +156,7 @@ def folder_of_files(device: torch.device) -> Result:
             variants,
             [Comparison(what=f"{slow} over {fast}", slow=slow, fast=fast) for slow, fast in pairs],
             images=FOLDER_EPOCHS * FOLDER_IMAGES,
-            rounds=5,
+            rounds=9,
             warmup=1,
             device=torch.device("cpu"),
         )

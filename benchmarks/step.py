@@ -136,6 +136,12 @@ def above_bound(result: Result, precision: str) -> list[float]:
     return [step / (clean + STEPS * both) for step, clean, both in rounds]
 
 
+def parts(result: Result, precision: str) -> dict[str, float]:
+    """Seconds that a PGD step of the record takes (its medians): the whole, and what of it which part does."""
+    whole, clean, both = (median(result.seconds[f"{kind} {precision}"]) for kind in ("arae", "clean", "F + Bx"))
+    return {"whole": whole, "passes": STEPS * both, "clean": clean, "rest": whole - STEPS * both - clean}
+
+
 def reference(case: Case, batch: int, device: torch.device, precision: str) -> tuple[dict[str, Work], dict[str, str]]:
     """The library's step as shipped and with the easy settings; or why it is left out."""
     if not case.peer:

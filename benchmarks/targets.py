@@ -131,10 +131,25 @@ def table() -> str:
     """All of them in Markdown, and below what limits the steps, where that was looked at."""
     head = ["| What | Aim | Measured: median (range) | Met | Result |", "|---|---|---|---|---|"]
     lines = [*head, *(target.row() for target in TARGETS)]
+    lines += ["", *(limit(name) for name in ("pgd-alexnet", "pgd-resnet18") if (RESULTS / f"{name}.json").is_file())]
     if accounts := account.read():
         lines += ["", "What a step's time goes to (`python -m benchmarks.account`):", ""]
         lines += [each.line() for each in accounts]
     return "\n".join(lines)
+
+
+def limit(name: str) -> str:
+    """What a PGD-7 step's time goes to, by the record's own parts."""
+    from benchmarks.step import STEPS, parts
+
+    result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
+    found = parts(result, "bf16" if "arae bf16" in result.seconds else "fp32")
+    # Medians of different variants: where nothing else takes time, what is left may be below zero.
+    share = {key: f"{max(0.0, 100 * value / found['whole']):.0f} %" for key, value in found.items()}
+    return (
+        f"- `{name}`, a step of {1000 * found['whole']:,.0f} ms: the attack's {STEPS} passes through the network and "
+        f"back to the images {share['passes']}, the step of the weights {share['clean']}, the rest {share['rest']}."
+    )
 
 
 def with_targets(page: str) -> str:

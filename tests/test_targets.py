@@ -1,10 +1,12 @@
 """What is aimed at beside what was measured: rows, and the page that has them. No figure is judged here."""
 
+import re
+
 import numpy as np
 import pytest
 
 from benchmarks import harness, time_to_robust
-from benchmarks.targets import TARGETS, Target, table, with_targets
+from benchmarks.targets import TARGETS, Target, limit, table, with_targets
 from benchmarks.time_to_robust import RECIPES, Record, Run, behind, quickest
 from benchmarks.time_to_robust import table as recipes
 
@@ -76,3 +78,11 @@ def test_every_recipe_of_the_benchmark_is_a_recipe() -> None:
         for name in names:
             made = time_to_robust.recipe_of(task, name, 1, {"train": "a", "test": "b"})
             assert made.encoder.attack.norm == task
+
+
+def test_what_limits_a_step_is_told_in_shares() -> None:
+    """Of the committed records: K passes and a clean step are nearly all of it, as their bound says."""
+    for name in ("pgd-alexnet", "pgd-resnet18"):
+        passes, clean, rest = (float(share) for share in re.findall(r"(\d+) %", limit(name)))
+        assert passes + clean + rest == pytest.approx(100, abs=3)
+        assert passes > clean > rest

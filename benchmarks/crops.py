@@ -126,7 +126,7 @@ def counted(classify: Callable[[Tensor], Tensor], batches: Iterable[tuple[Tensor
 
 
 def from_folder(folder: Path, view: str) -> Iterable[tuple[Tensor, np.ndarray]]:
-    """As ImageNet's training scripts load a folder."""
+    """As ImageNet's training scripts load a folder, but for who draws the random windows."""
     from torchvision.datasets import ImageFolder
     from torchvision.transforms import functional as change
 

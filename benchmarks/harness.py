@@ -21,6 +21,7 @@ import torch
 from pydantic import Field
 
 from arae import provenance
+from arae.allocation import memory_kept
 from arae.config import Part
 from arae.files import write_text
 
@@ -141,7 +142,8 @@ def measure(
     if not gpu:
         torch.set_num_threads(1)
     try:
-        seconds = interleaved(variants, rounds, warmup, cuda_clock if gpu else cpu_clock)
+        with memory_kept(device):  # as in training, for all variants
+            seconds = interleaved(variants, rounds, warmup, cuda_clock if gpu else cpu_clock)
         made = here(device)
     finally:
         torch.set_num_threads(threads)

@@ -14,9 +14,9 @@
   the least that reading can take. 14 photographs, each four times; one timing is eight epochs, 448 images; n = 9
   rounds, 1 of warm-up.
 
-The photographs are taken from the folder that `ARAE_TEST_DATA` names. CPU seconds count FFCV's decoding threads, and
-starting them once a timing, as at the start of a stage. The process keeps what it frees, as training does, for all of
-them. The files lie in the page cache: what a disk must deliver is in the bytes of an image.
+The photographs are taken from the folder that `ARAE_TEST_DATA` names. CPU seconds count the decoding threads, and
+starting them once a timing, as at the start of a stage. The files lie in the page cache: what a disk must deliver is in
+the bytes of an image.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from arae.allocation import keep_freed
 from arae.config import Data
 from arae.data.augment import augment
 from arae.data.encode import EncodeOptions, encode
@@ -130,7 +129,6 @@ def folder_of_files(device: torch.device) -> Result:
     given = os.environ.get("ARAE_TEST_DATA")
     if not given or not all((Path(given) / name).is_file() for name in ("highres.tar", "style.tar")):
         raise InputError("ARAE_TEST_DATA names no folder with highres.tar and style.tar")
-    keep_freed(torch.device("cpu"))
     with TemporaryDirectory() as made:
         place = Path(made)
         large = [ImageOps.fit(image, MEDIAN, Image.Resampling.LANCZOS) for image in photographs_in(Path(given))]

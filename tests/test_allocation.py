@@ -1,4 +1,4 @@
-"""Memory on a CPU: what is freed is kept, unless somebody has chosen otherwise."""
+"""Memory on a CPU: what is freed is kept, unless somebody has chosen otherwise, and given back at the end."""
 
 import os
 import platform
@@ -6,18 +6,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from arae.allocation import memory_kept
 
 SCRIPT = """
 import resource, torch
-from arae.allocation import keep_freed
-kept = keep_freed(torch.device("cpu"))
+from arae.allocation import memory_kept
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(30):  # a block may find the hole that the one before it left a few bytes too small
-    torch.ones(10_000_000)
-before = faults()
-for _ in range(5):
-    torch.ones(10_000_000)  # 40 MB: 9,766 pages of 4 KiB
-print(kept, faults() - before)
+held = lambda: int(next(line for line in open("/proc/self/status") if line.startswith("VmRSS")).split()[1])
+with memory_kept(torch.device("cpu")) as kept:
+    for _ in range(30):  # a block may find the hole that the one before it left a few bytes too small
+        torch.ones(10_000_000)
+    before = faults()
+    for _ in range(5):
+        torch.ones(10_000_000)  # 40 MB: 9,766 pages of 4 KiB
+    found, during = faults() - before, held()
+print(kept, found, during - held())
 """
 
 
@@ -34,14 +39,12 @@ def test_what_is_freed_is_kept_unless_malloc_was_told_otherwise(chosen: dict[str
     others = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     command = [sys.executable, "-c", SCRIPT]
     run = subprocess.run(command, env=others | chosen, capture_output=True, text=True, check=True)
-    said, faults = run.stdout.split()
+    said, faults, given_back = run.stdout.split()
     assert said == str(kept)
     assert (int(faults) < 100) is kept
+    assert (int(given_back) > 30_000) is kept  # kB
 
 
 def test_a_gpu_has_an_allocator_of_its_own() -> None:
-    import torch
-
-    from arae.allocation import keep_freed
-
-    assert not keep_freed(torch.device("cuda"))
+    with memory_kept(torch.device("cuda")) as kept:
+        assert not kept

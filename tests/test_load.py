@@ -173,9 +173,10 @@ def test_varying_sizes_are_centre_cropped_to_the_recipes_size(photos, loader, ki
 
 
 @needs_ffcv
-def test_random_crops_are_addressed(photos):
+def test_random_crops_are_addressed(photos, monkeypatch):
     ids = stream(20, 6, 0, 0, 7)
     images = drawn(crops(photos), ids)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))  # threads, whatever this machine has
     for workers in (1, 2, 5):
         assert torch.equal(drawn(crops(photos, workers=workers), ids), images), workers
     assert torch.equal(drawn(crops(photos), ids[4:]), images[4:])
@@ -265,6 +266,20 @@ def test_windows_are_resized_as_pillow_does(tmp_path, shape, size, least):
 
 
 @needs_ffcv
+def test_a_damaged_jpeg_is_refused_and_not_shown(photos, tmp_path):
+    """Which pixels it would have depends on the image before it."""
+    for name in ("x.beton", "x.beton.json"):
+        shutil.copy(photos.parent / name, tmp_path / name)
+    file = beton.check(tmp_path / "x.beton")
+    hurt = int(np.flatnonzero(file.modes == beton.JPEG)[1])
+    with (tmp_path / "x.beton").open("r+b") as opened:
+        opened.seek(int(file.pointers[hurt]))
+        opened.write(bytes(8))
+    with pytest.raises(InputError, match=rf"x\.beton: image {hurt} is a damaged JPEG; encode the set again"):
+        list(ffcv_io.Decoding(file, (24, 24)).batches(np.arange(20).reshape(4, 5)))
+
+
+@needs_ffcv
 def test_the_recipe_asks_for_crops_and_the_seed_moves_them(photos):
     data = Data(train=str(photos), test=str(photos), size=24, augment=("crop",))
     ids = np.arange(20)[None]
@@ -278,13 +293,21 @@ def test_the_recipe_asks_for_crops_and_the_seed_moves_them(photos):
 
 
 @needs_ffcv
-def test_abandoned_and_failing_iterators_end(photos, monkeypatch):
+@pytest.mark.parametrize("workers", [1, 3])
+def test_abandoned_and_failing_iterators_end(photos, monkeypatch, workers):
     import threading
 
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(8))
     before = (torch.get_num_threads(), threading.active_count())
-    batches = crops(photos).batches(stream(20, 2, 0, 0, 200))
+    decoding = crops(photos, workers=workers)
+    batches = decoding.batches(stream(20, 4, 0, 0, 200))
     next(batches)
     batches.close()
+    assert (torch.get_num_threads(), threading.active_count()) == before
+    with monkeypatch.context() as patch:
+        patch.setattr("arae.data.windows.random", lambda *_: np.zeros((4, 0), np.int64))
+        with pytest.raises(ValueError, match="not enough values"):  # in one of the threads that decode
+            list(decoding.batches(stream(20, 4, 0, 0, 20)))
     assert (torch.get_num_threads(), threading.active_count()) == before
     from ffcv.loader.epoch_iterator import EpochIterator
 

@@ -72,6 +72,13 @@ def test_a_step_is_that_of_a_plain_reference(norm, eps, size, last, one_by_one, 
         assert threat.move(images, x, gradient, size)[1].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_zero_gradient_moves_nothing_in_any_format(dtype):
+    x = torch.rand(2, 3, 4, 4, dtype=torch.float32).to(dtype)
+    assert torch.equal(Threat("l2", 0.5).move(x, x, torch.zeros_like(x), 0.2), x)
+    assert not Threat("l2", 0.5).steepest(torch.zeros_like(x)).any()
+
+
 @pytest.mark.parametrize("norm", ["l2", "linf"])
 @pytest.mark.parametrize("shape", [(4, 7), (4, 3, 6, 5)])
 def test_lengths_are_numpys(norm, shape):

@@ -86,8 +86,8 @@ class Threat:
         """
         tiny = torch.finfo(gradient.dtype).tiny
         scaled = gradient / per_sample(_largest(gradient).clamp_min(tiny), gradient)
-        # At least 1, but for a gradient of zeros, and for one below the normal numbers.
-        return scaled, per_sample(self.length(scaled).clamp_min(1e-8), gradient)
+        length = self.length(scaled)
+        return scaled, per_sample(length.masked_fill(length == 0, 1), gradient)
 
 
 def per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -57,17 +57,24 @@ def _flipped(images: torch.Tensor, flip: torch.Tensor) -> torch.Tensor:
 
 def _float(images: torch.Tensor, flip: torch.Tensor | None = None) -> torch.Tensor:
     """Images in [0, 1], those of `flip` bool [m] mirrored; the order of their bytes stays."""
-    if flip is not None and large(images):
-        return image_by_image(_turned, images, flip, dtype=torch.float32)
-    return image_by_image(_divided, images if flip is None else _flipped(images, flip), dtype=torch.float32)
+    if flip is None:
+        return image_by_image(_divided, images, dtype=torch.float32)
+    return image_by_image(_turned if large(images) else _turned_together, images, flip, dtype=torch.float32)
 
 
 def _divided(images: torch.Tensor, out: torch.Tensor) -> None:
     out.copy_(images).div_(255)
 
 
-def _turned(image: torch.Tensor, flip: torch.Tensor, out: torch.Tensor) -> None:
-    _divided(image.flip(-1) if flip else image, out)
+def _turned(images: torch.Tensor, flip: torch.Tensor, out: torch.Tensor) -> None:
+    """For large images, whose copies cost more than to ask which of them are to be mirrored."""
+    for image, turn, made in zip(images, flip.tolist(), out, strict=True):
+        made.copy_(image.flip(-1) if turn else image)
+    out.div_(255)
+
+
+def _turned_together(images: torch.Tensor, flip: torch.Tensor, out: torch.Tensor) -> None:
+    _divided(_flipped(images, flip), out)
 
 
 def _offset(seed: int, name: str, ids: torch.Tensor, reach: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from arae.allocation import keep_freed
+from arae.allocation import memory_kept
 from arae.config import Recipe
 from arae.data.load import open_source
 from arae.errors import InputError, Stopped
@@ -45,7 +45,6 @@ def evaluate(
     Raises InputError where there is no model, it lacks the decoder that the protocol needs, the held-out images do not
     fit it, or `records.jsonl` holds something else; Stopped on Ctrl-C where finished parts are kept.
     """
-    keep_freed(device)
     model = load_autoencoder(folder.path).to(device)
     protocol = recipe.evaluate.protocol
     if model.decoder is None and protocol in DECODER_NEEDED:
@@ -55,7 +54,8 @@ def evaluate(
         )
     kept, state, parts = others(folder, protocol), folder.evaluation / protocol, list[Path]()
     try:
-        records = _measured(recipe, model, state, parts, progress, note, workers)
+        with memory_kept(device):
+            records = _measured(recipe, model, state, parts, progress, note, workers)
     except KeyboardInterrupt:
         if not state.is_dir():
             raise

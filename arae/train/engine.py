@@ -14,7 +14,6 @@ from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.parametrizations import _SpectralNorm
 
-from arae.allocation import keep_freed
 from arae.config import EngineChoice
 from arae.errors import InputError
 from arae.precision import DTYPES, WEAKEST, resolve_precision
@@ -55,7 +54,6 @@ class Engine:
     ) -> None:
         """Join the process group where one is initialised, unless `alone`; `precision` and `choice` are a recipe's."""
         self.device = device
-        keep_freed(device)
         self.choice = choice or EngineChoice()
         self.parallel = not alone and dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if self.parallel else 0

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from arae.allocation import memory_kept
 from arae.config import Data, Recipe, Stage
 from arae.data.load import Source, augmented, fingerprint, open_source
 from arae.errors import InputError
@@ -39,7 +40,7 @@ def train(
     Raises InputError for data or a folder that do not fit the recipe, Stopped (DiskFull) where a state was kept or the
     storage went away and the same call goes on, AraeError where training fails.
     """
-    with storage_told(folder):
+    with storage_told(folder), memory_kept(device):
         source = open_source(recipe.data, "train", device, seed=recipe.seed)
         if len(source.classes) < 2:
             raise InputError(

@@ -15,6 +15,7 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from tracking import free_port
+from waiting import PATIENCE_S
 
 FLAGS = (
     "--headless=new",
@@ -52,7 +53,7 @@ def text_of(browser: Chrome) -> str:
     return browser.execute_script("return document.body ? document.body.innerText : ''")
 
 
-def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = 60.0) -> str:
+def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = PATIENCE_S) -> str:
     """Wait until the page shows every one of the texts, and return all it shows."""
 
     deadline = time.monotonic() + seconds
@@ -69,7 +70,7 @@ def keep(browser: Chrome, folder: Path, name: str) -> None:
     assert browser.save_screenshot(str(place / name))
 
 
-def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = 90) -> None:
+def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = PATIENCE_S) -> None:
     """Wait until each text has been on the page, scrolling all that scrolls: of a long table only a part is there."""
     seen, deadline = "", time.monotonic() + seconds
     while missing := [text for text in texts if text not in seen]:
@@ -109,7 +110,7 @@ def served(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def wait_until_up(server: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE_S
     while True:
         assert server.poll() is None, server.stderr and server.stderr.read()
         assert time.monotonic() < deadline

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from waiting import PATIENCE_S
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ALONGSIDE = "PYTEST_XDIST_WORKER" in os.environ  # other processes run other tests
@@ -121,7 +122,7 @@ def run_arae(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """
 
     def run(
-        *args: object, env: Mapping[str, str] | None = None, timeout: float = 300, cwd: Path = tmp_path
+        *args: object, env: Mapping[str, str] | None = None, timeout: float = PATIENCE_S, cwd: Path = tmp_path
     ) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "arae", *map(str, args)]
         whole_env = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "NO_COLOR": "1", **(env or {})}

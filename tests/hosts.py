@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -175,21 +175,6 @@ def three_hosts(folder: Path, **settings: str) -> Iterator[Cluster]:
             yield Cluster(hosts)
         finally:
             _remove()
-
-
-def until(
-    question: Callable[[], object], what: str, seconds: float, still: Callable[[], object] = lambda: True
-) -> float:
-    """Wait until `question` is true and return the seconds that took; AssertionError when it takes too long.
-
-    `still` must stay true meanwhile (a process that must not end, say).
-    """
-    begin = time.monotonic()
-    while not question():
-        assert still(), f"what {what} was waited for on has ended"
-        assert time.monotonic() - begin < seconds, f"no {what} within {seconds:g} s"
-        time.sleep(0.1)
-    return time.monotonic() - begin
 
 
 def secured(folder: Path) -> dict[str, str]:

@@ -4,14 +4,14 @@ import itertools
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 from conftest import make_tiny_npz
 from training import tiny_recipe
+from waiting import PATIENCE_S
 
 from arae.config import dump_recipe
 from arae.monitor.events import read_events
@@ -22,7 +22,6 @@ from tune.store import times_trained
 
 EPS, FEATURE = "encoder.attack.eps", "decoder.losses.feature"
 GRID = {EPS: {"grid": [0, 0.5]}, FEATURE: {"grid": [0, 0.1]}}
-PATIENCE_S = 200.0
 
 
 class Sweeping:
@@ -79,11 +78,3 @@ class Sweeping:
             path.name: times_trained(RunFolder(path), "encoder" if path.name.startswith("encoder") else "decoder")
             for path in stages
         }
-
-
-def until(true: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)

@@ -6,11 +6,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from training import tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import Recipe, dump_recipe
 from arae.runs import RunFolder
@@ -29,11 +29,7 @@ def kill_at(command: list[str], log: Path, stage: str, step: int) -> None:
     """Start the command and SIGKILL it as soon as it has told this step of this stage."""
     before = len(steps_of(log, stage))
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-        deadline = time.monotonic() + 120
-        while not any(s >= step for s in steps_of(log, stage)[before:]):
-            assert process.poll() is None, "it ended before it could be killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
+        until(lambda: any(s >= step for s in steps_of(log, stage)[before:]), f"step {step}", process, pause=0.005)
         process.send_signal(signal.SIGKILL)
 
 
@@ -75,11 +71,9 @@ def test_a_signal_saves_and_exits_75(tmp_path: Path, tiny_npz: Path, number: sig
     folder = RunFolder(Path(os.environ["ARAE_RUNS"]) / "tiny")
     command = [sys.executable, "-m", "arae", "train", file]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        while not steps_of(folder.log, "encoder"):
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: steps_of(folder.log, "encoder"), "training", process, pause=0.01)
         process.send_signal(number)
-        error = process.communicate(timeout=60)[1]
+        error = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 75
     assert "the same command goes on from there" in error
     assert "Traceback" not in error

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import tracking
-from tracking import GENEROUS, T0, begin, client, history, interval, record, run_of, stage, wait_for
+from tracking import GENEROUS, T0, begin, client, history, interval, record, run_of, stage
+from waiting import until
 
 from arae.tracking import Tracker
 from arae.tracking import tracker as tracker_module
@@ -81,11 +82,11 @@ def test_a_server_that_comes_back_gets_all_of_it_meanwhile(
     monkeypatch.setattr(tracker_module, "LONGEST_PAUSE", 0.2)
     tracker = begin(root)
     tracker(interval(1, 1.0))
-    wait_for(lambda: bool(tracker._note))  # type: ignore[arg-type]
+    until(lambda: bool(tracker._note), "note")  # type: ignore[arg-type]
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     tracker._sender.uri = tracking_uri(root)
-    wait_for(lambda: not tracker._journal.path.exists())
-    wait_for(lambda: len(tracker._note) == 2)  # type: ignore[arg-type]
+    until(lambda: not tracker._journal.path.exists(), "end of the journal")
+    until(lambda: len(tracker._note) == 2, "second note")  # type: ignore[arg-type]
     assert "answers again" in tracker._note[1]  # type: ignore[index]
     assert history(root, "encoder/loss") == [(1, int(1000 * (T0 + 1)), 1.0)]
     assert tracker.close(timeout=GENEROUS)
@@ -152,7 +153,7 @@ def test_an_artifact_store_that_fails_does_not_hold_the_numbers_up(root: Path, m
     monkeypatch.setattr(tracker_module, "LONGEST_PAUSE", 0.05)
     tracker = begin(root)
     tracker(interval(1, 1.0))
-    wait_for(lambda: not tracker._journal.path.exists())
+    until(lambda: not tracker._journal.path.exists(), "end of the journal")
     assert tracker.close(timeout=GENEROUS)
     assert history(root, "encoder/loss") == [(1, int(1000 * (T0 + 1)), 1.0)]
     assert any("boto3" in note for note in tracker._note)  # type: ignore[attr-defined]

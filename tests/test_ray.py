@@ -5,12 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from training import tiny_recipe
+from waiting import PATIENCE_S, until
 
 from arae.config import dump_recipe
 from arae.runs import RunFolder
@@ -35,13 +35,9 @@ def test_sigterm_saves_on_two_workers_and_the_same_command_goes_on(
     with subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}
     ) as process:
-        deadline = time.monotonic() + 300
-        while not told(folder, "interval"):
-            assert process.poll() is None, process.communicate()[1]
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(lambda: told(folder, "interval"), "training", process)
         process.send_signal(signal.SIGTERM)
-        error = process.communicate(timeout=120)[1]
+        error = process.communicate(timeout=PATIENCE_S)[1]
     assert process.returncode == 75, error
     assert "the same command goes on from there" in error
     assert "Traceback" not in error

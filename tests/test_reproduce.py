@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ import torch
 import yaml
 from tabling import plain, record
 from training import tiny_recipe
+from waiting import PATIENCE_S, until
 
 from arae.adopt import adopt_encoder, finished, has_encoder
 from arae.config import dump_recipe
@@ -111,14 +111,9 @@ def test_side_by_side_stopped_and_begun_again(table: Path, tmp_path: Path, capfd
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert process.stderr is not None
-        deadline = time.time() + 300
-        while not list((tmp_path / "runs").rglob("encoder-*.pt")):
-            assert process.poll() is None, process.stderr.read()
-            assert time.time() < deadline
-            time.sleep(0.05)
+        until(lambda: list((tmp_path / "runs").rglob("encoder-*.pt")), "state", process)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=300)
+        _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 75, err
     assert "stopped; the same command goes on" in err
     assert list((tmp_path / "runs").rglob("encoder-*.pt"))

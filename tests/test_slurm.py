@@ -4,13 +4,13 @@ import os
 import re
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from slurm import SCRIPT, link_python, program, slurm_job
+from waiting import PATIENCE_S, until
 
 ADDRESS = "0.0.0.0"  # connecting to it reaches this machine
 RAY = """#!/bin/bash
@@ -81,11 +81,8 @@ def batch(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
-def wait_for(log: Path, text: str) -> None:
-    end = time.monotonic() + 30
-    while text not in log.read_text():
-        assert time.monotonic() < end, f"{text!r} never came:\n{log.read_text()}"
-        time.sleep(0.02)
+def wait_for(log: Path, text: str, process: subprocess.Popen[str]) -> None:
+    until(lambda: text in log.read_text(), repr(text), process, log, pause=0.02)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -99,12 +96,12 @@ def test_a_job_ends_as_its_training_does(
         program(tmp_path / "home" / ".venv" / "bin" / program_name, text)
     process = batch("demo", "name=mine", env=env)
     if case.asked:
-        wait_for(log, f"\n{case.asked}")
+        wait_for(log, f"\n{case.asked}", process)
         if case.asked == "arae train":
-            wait_for(log, "\nray start --address")
+            wait_for(log, "\nray start --address", process)
         process.send_signal(signal.SIGTERM)  # to the batch script alone, as --signal=B: does
         (tmp_path / "hold").touch()
-    said, _ = process.communicate(timeout=20)
+    said, _ = process.communicate(timeout=PATIENCE_S)
     lines = log.read_text().splitlines()
     assert process.returncode == case.code, said
     requeue = f"scontrol requeue {env['SLURM_JOB_ID']}"
@@ -144,7 +141,7 @@ def test_what_can_not_work_is_refused_at_once(
     if without != "home":
         program(tmp_path / "home" / ".venv" / "bin" / "arae", DEAF)
     process = batch(*words, env={name: value for name, value in env.items() if name != without})
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     (line,) = out.splitlines()
     assert said in line

@@ -3,7 +3,6 @@
 import json
 import shutil
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,13 +161,6 @@ def run_of(root: Path, name: str = "demo/eps-1.5") -> Any:
 def history(root: Path, metric: str, name: str = "demo/eps-1.5") -> list[tuple[int, int, float]]:
     points = client(root).get_metric_history(run_of(root, name).info.run_id, metric)
     return [(point.step, point.timestamp, point.value) for point in points]
-
-
-def wait_for(condition: Any) -> None:
-    deadline = time.monotonic() + GENEROUS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def free_port() -> int:

@@ -3,30 +3,20 @@
 import json
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from conftest import make_tiny_npz
 from training import tiny_recipe
+from waiting import PATIENCE_S
 
 from arae.config import dump_recipe
 from arae.runs import RunFolder
 
 STEPS, EVERY = 60, 10
 ARAE = [sys.executable, "-m", "arae"]
-PATIENCE_S = 150.0
-
-
-def until(true: Callable[[], object], what: str, process: subprocess.Popen[str] | None = None) -> None:
-    """Wait until it is true; fails when the time is up, or when the process has ended before."""
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert process is None or process.poll() is None, f"it ended before {what}: {process.communicate()[1]}"
-        assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S:g} s"
-        time.sleep(0.05)
 
 
 @dataclass

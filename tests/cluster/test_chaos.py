@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ import pytest
 from conftest import REPOSITORY, make_tiny_npz
 from groups import train_on
 from training import BATCH, tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import Recipe, dump_recipe
 from arae.runs import RunFolder
@@ -38,7 +39,6 @@ KILLED = 20
 IMAGES = 96
 STEPS = {"encoder": 24, "decoder": 80}
 EVERY = 8
-PATIENCE_S = 120.0
 
 # Runs in every worker before anything else: the ids of each micro-batch that is drawn are written down.
 TRACE = """
@@ -138,13 +138,6 @@ def is_alive(pid: int) -> bool:
     return False
 
 
-def until(true: Callable[[], object], what: str, pause: float = 0.02) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not true():
-        assert time.monotonic() < deadline, f"no {what} in {PATIENCE_S:g} s"
-        time.sleep(pause)
-
-
 def disturb(chaos: Chaos, process: subprocess.Popen[str]) -> Iterator[str]:
     """Kill workers until there were enough; yields how, each time."""
     chance, killed = random.Random(7), set[int]()
@@ -152,17 +145,18 @@ def disturb(chaos: Chaos, process: subprocess.Popen[str]) -> Iterator[str]:
     for number in range(1000):
         if len(killed) >= KILLED:
             return
-        until(lambda: len(chaos.workers(killed)) == 2 or process.poll() is not None, "two workers")
+        until(lambda: len(chaos.workers(killed)) == 2 or process.poll() is not None, "two workers", pause=0.02)
         assert process.poll() is None, process.communicate()[1]
         ranks = chaos.workers(killed)
         by_rank = {rank: pid for pid, rank in ranks.items()}
         way = ways[number % len(ways)]
         if way in ("step", "both"):
             far = partial(chaos.has_made, chance.randrange(2, 2 * EVERY), by_rank[0])
-            until(lambda far=far: far() or process.poll() is not None, "steps")  # and no time: machines differ
+            # Steps and not seconds: machines differ.
+            until(lambda far=far: far() or process.poll() is not None, "steps", pause=0.02)
             time.sleep(chance.uniform(0, 0.05))
         if way == "saving":
-            until(lambda: chaos.half_written() or process.poll() is not None, "state that is being written", 0.0005)
+            until(lambda: chaos.half_written() or process.poll() is not None, "state half written", pause=0.0005)
         victims = list(ranks) if way == "both" else [by_rank[0 if way == "saving" else chance.randrange(2)]]
         for pid in victims:
             with suppress(ProcessLookupError):
@@ -191,7 +185,7 @@ def test_a_run_whose_workers_are_killed_twenty_times_ends_bit_for_bit(tmp_path: 
     with subprocess.Popen(command, cwd=tmp_path, env=env, text=True, stderr=subprocess.PIPE) as process:
         try:
             ways = Counter(disturb(chaos, process))
-            error = process.communicate(timeout=2 * PATIENCE_S)[1]
+            error = process.communicate(timeout=PATIENCE_S)[1]
         finally:
             process.kill()
     assert process.returncode == 0, error

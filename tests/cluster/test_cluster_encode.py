@@ -6,8 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
@@ -15,6 +14,7 @@ from typing import Protocol
 import numpy as np
 import pytest
 from PIL import Image
+from waiting import PATIENCE_S, until
 
 from arae.data import beton
 from arae.data.encode import EncodeOptions, encode
@@ -25,7 +25,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.integration]
 
 N, SHARD, SIDE = 60, 3, 1600
 OPTIONS = ("split=all", "mode=jpg", "size=512", f"shard={SHARD}")
-WAIT_S = 90.0
 LOOPBACK = {"RAY_AUTH_MODE": "disabled", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0"}
 
 
@@ -42,13 +41,6 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "set" / "b" / "033.png").unlink()
     (root / "set" / "b" / "033.png").write_bytes(b"no image")
     return root / "set"
-
-
-def until(true: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT_S
-    while not true():
-        assert time.monotonic() < deadline, f"{what}: not within {WAIT_S:g} s"
-        time.sleep(0.02)
 
 
 class Start(Protocol):
@@ -105,28 +97,28 @@ def test_killed_workers_and_a_killed_driver_cost_only_the_shards_in_work(
 ) -> None:
     dest, parts = tmp_path / "x.beton", tmp_path / "x.beton.parts"
     first = start(pictures, dest, *OPTIONS, "--workers", 2)
-    until(lambda: len(finished(parts)) >= 2 and encoders(first.pid), "two shards by the first command")
+    until(lambda: len(finished(parts)) >= 2 and encoders(first.pid), "two shards by the first command", pause=0.02)
     os.kill(encoders(first.pid)[0], signal.SIGKILL)
     before = finished(parts)
-    until(lambda: len(finished(parts)) >= len(before) + 4, "four more after a worker was killed")
+    until(lambda: len(finished(parts)) >= len(before) + 4, "four more after a worker was killed", pause=0.02)
     assert first.poll() is None
     assert not dest.exists()
     first.kill()
-    first.wait(WAIT_S)
+    first.wait(PATIENCE_S)
 
     second = start(pictures, dest, *OPTIONS, "--workers", 2)
-    until(lambda: encoders(second.pid), "the second command's workers")
+    until(lambda: encoders(second.pid), "the second command's workers", pause=0.02)
     kept = finished(parts)
     assert len(kept) >= len(before) + 4
-    until(lambda: len(finished(parts)) > len(kept), "another shard")
+    until(lambda: len(finished(parts)) > len(kept), "another shard", pause=0.02)
     second.send_signal(signal.SIGTERM)
-    said = second.communicate(timeout=WAIT_S)[1]
+    said = second.communicate(timeout=PATIENCE_S)[1]
     assert second.returncode == 75, said
     assert "the same command goes on from them" in said
     assert kept < finished(parts)
 
     third = start(pictures, dest, *OPTIONS)  # without the cluster
-    said = third.communicate(timeout=WAIT_S)[1]
+    said = third.communicate(timeout=PATIENCE_S)[1]
     assert third.returncode == 0, said
     assert "of the images are encoded already" in said
     assert "left out b/033.png" in said
@@ -156,14 +148,14 @@ def blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     with log.open("w") as out:
         node = subprocess.Popen(list(map(str, hidden)), stdout=out, stderr=out, start_new_session=True)
     try:
-        until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, "Ray")
+        until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None, "Ray", pause=0.02)
         assert node.poll() is None, log.read_text()
         yield f"127.0.0.1:{port}"
     finally:
         for pid in below(node.pid):
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        node.wait(WAIT_S)
+        node.wait(PATIENCE_S)
 
 
 def test_a_node_that_does_not_see_the_storage_is_refused(
@@ -171,7 +163,7 @@ def test_a_node_that_does_not_see_the_storage_is_refused(
 ) -> None:
     dest = tmp_path / "shared" / "x.beton"
     run = start(pictures, dest, *OPTIONS, "--workers", 1, "--address", blind)
-    _, said = run.communicate(timeout=WAIT_S)
+    _, said = run.communicate(timeout=PATIENCE_S)
     assert run.returncode == 2, said
     line = said.splitlines()[-1]
     assert "does not see" in line

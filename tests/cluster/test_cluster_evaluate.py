@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluating import CPU, run_folder
 from test_cluster_encode import below
+from waiting import PATIENCE_S, until
 
 from arae.evaluate import evaluate
 from arae.records import Record, read_records
@@ -18,7 +18,6 @@ from arae.records import Record, read_records
 pytest.importorskip("ray", reason="Ray is not installed")
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.integration]
 
-WAIT_S = 120.0
 PGD = {"norm": "l2", "eps": 0.5, "steps": 40}
 APGD = {"kind": "apgd-ce", "norm": "linf", "eps": 0.03, "steps": 40}
 PROTOCOLS: dict[str, dict[str, Any]] = {
@@ -49,11 +48,9 @@ def test_the_records_are_those_of_one_process(protocol: str, tiny_npz: Path) -> 
     folder.records.unlink()
     with command(folder.path, "--workers", 2) as process:
         if protocol == "map":  # one of the workers does not live to see the end
-            until = time.monotonic() + WAIT_S
-            while not (workers := below(process.pid, b"ray::Measurer.do")) and time.monotonic() < until:
-                time.sleep(0.02)
+            workers = until(lambda: below(process.pid, b"ray::Measurer.do"), "worker", process, pause=0.02)
             os.kill(workers[0], signal.SIGKILL)
-        said = process.communicate(timeout=WAIT_S)
+        said = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 0, said
     found = [(r.metric, r.protocol, r.threat, r.value, r.n, r.reason) for r in read_records(folder.records)]
     assert found == told(alone)
@@ -65,6 +62,6 @@ def test_files_at_their_own_size_are_for_one_process(tiny_npz: Path, tmp_path: P
     recipe, folder = run_folder(tiny_npz, **changes)
     folder.create(recipe)
     with command(folder.path, "--workers", 2) as process:
-        _, error = process.communicate(timeout=WAIT_S)
+        _, error = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 2
     assert "high-resolution takes its files one by one" in error

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from disks import on_a_small_disk
-from driving import ARAE, EVERY, STEPS, Run, end_of, last_words, until
+from driving import ARAE, EVERY, STEPS, Run, end_of, last_words
 from training import weights
+from waiting import until
 
 from arae.train.state import list_states, read_state
 

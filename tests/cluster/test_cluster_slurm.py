@@ -5,13 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 from groups import train_on
 from slurm import SCRIPT, link_python, program, slurm_job
 from training import tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import dump_recipe
 from arae.runs import RunFolder
@@ -36,13 +36,18 @@ def test_a_job_that_is_stopped_is_put_back_and_ends_as_if_it_had_not_been(tmp_pa
     link_python(tmp_path)
 
     with batch(written, env, tmp_path / "said-1") as process:
-        until(lambda: folder.log.exists() and '"interval"' in folder.log.read_text(), process, tmp_path / "said-1")
+        until(
+            lambda: folder.log.exists() and '"interval"' in folder.log.read_text(),
+            "training",
+            process,
+            tmp_path / "said-1",
+        )
         process.send_signal(signal.SIGTERM)
-        assert process.wait(120) == 75, (tmp_path / "said-1").read_text()
+        assert process.wait(PATIENCE_S) == 75, (tmp_path / "said-1").read_text()
     asked = (tmp_path / "log").read_text()
     assert asked.count(f"scontrol requeue {env['SLURM_JOB_ID']}") == 1
     with batch(written, env | {"SLURM_RESTART_COUNT": "1"}, tmp_path / "said-2") as process:
-        assert process.wait(180) == 0, (tmp_path / "said-2").read_text()
+        assert process.wait(PATIENCE_S) == 0, (tmp_path / "said-2").read_text()
     assert (tmp_path / "log").read_text().count("scontrol requeue") == 1
     assert "resumed the encoder at step" in folder.log.read_text()
     assert '"world_size": 2' in (folder.model / "config.json").read_text()
@@ -68,14 +73,6 @@ class batch:  # noqa: N801 -- a context, used as a function
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-
-
-def until(seen: object, process: subprocess.Popen[bytes], said: Path) -> None:
-    end = time.monotonic() + 120
-    while not seen():  # type: ignore[operator]
-        assert process.poll() is None, said.read_text()
-        assert time.monotonic() < end, said.read_text()
-        time.sleep(0.1)
 
 
 def short(folder: Path) -> Path:

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from groups import train_on
-from hosts import BIN, Cluster, Host, reason_to_skip, secured, three_hosts, until
+from hosts import BIN, Cluster, Host, reason_to_skip, secured, three_hosts
 from safetensors.torch import load_file
 from training import tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import Recipe, dump_recipe
 from arae.runs import RunFolder
@@ -19,7 +20,6 @@ from arae.train.run import train
 STEPS, EVERY = 150, 30  # of the encoder; between states
 INTERVAL = 3  # steps between lines of the log: a fiftieth of the encoder's
 TOLERANCE = 1e-8  # of a tensor's largest entry, in fp64, where another number of workers sums in another order
-SLOW = 240.0  # seconds after which something has gone wrong
 # Ray finds out that it can't have the workers of before only when this long has passed; its default is a minute.
 PATIENCE = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15", "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"}
 
@@ -51,7 +51,7 @@ def test_who_has_not_the_token_is_refused(cluster: Cluster, tmp_path: Path) -> N
     join = f"import ray; ray.init('{cluster.head.address}:6379', log_to_driver=False); print('in')"
     host = cluster.hosts["host2"]
     process = host.start([BIN / "python", "-c", join], RAY_AUTH_TOKEN_PATH=str(empty))
-    assert process.wait(SLOW) == 1, said(host, "python", "out")
+    assert process.wait(PATIENCE_S) == 1, said(host, "python", "out")
     assert "token" in said(host, "python")
 
 
@@ -97,14 +97,13 @@ def train_and_lose_a_host(cluster: Cluster, recipe: Recipe, tmp_path: Path, work
         ARAE_RUNS=str(folder.path.parent),
     )
     try:
-        running = lambda: process.poll() is None  # noqa: E731
         # A state is written while training goes on: the one of two intervals is on disk when the log says so.
-        until(lambda: any(state["step"] >= 2 * EVERY for state in told(folder, "state")), "a state", SLOW, running)
-        until(lambda: reached(folder) >= 2 * EVERY + EVERY // 2, "training", SLOW, running)
+        until(lambda: any(state["step"] >= 2 * EVERY for state in told(folder, "state")), "state", process)
+        until(lambda: reached(folder) >= 2 * EVERY + EVERY // 2, "training", process)
         assert cluster.head.has("ray::Desk")  # beside the driver: it must not go with another host
         victim = next(host for host in (cluster.hosts["host3"], cluster.hosts["host2"]) if host.has("RayTrainWorker"))
         cluster.kill(victim.name)
-        code = process.wait(SLOW)
+        code = process.wait(PATIENCE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, 9)

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 from training import tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import dump_recipe
 from arae.runs import RunFolder
@@ -26,15 +27,6 @@ pytestmark = [pytest.mark.cluster, pytest.mark.ray]
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 MARK = "ARAE_TEST_CLUSTER"
-
-
-def until(seen: Callable[[], Any], what: str, seconds: float = 120) -> Any:
-    """The first true answer of `seen`."""
-    deadline = time.monotonic() + seconds
-    while not (answer := seen()):
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.05)
-    return answer
 
 
 def free_ports(n: int) -> list[int]:
@@ -151,7 +143,7 @@ def submit(cluster: Cluster, run_arae: Run) -> Run:
     """`arae submit` as a client that may use the cluster."""
 
     def run(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return run_arae("submit", *words, env={**cluster.env, **(env or {})}, timeout=180)
+        return run_arae("submit", *words, env={**cluster.env, **(env or {})}, timeout=PATIENCE_S)
 
     return run
 
@@ -248,7 +240,7 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
     with subprocess.Popen(command, **pipes) as client:
         assert "first" in client.stdout.readline() + client.stdout.readline()
         client.send_signal(signal.SIGINT)
-        error = client.communicate(timeout=100)[1]
+        error = client.communicate(timeout=PATIENCE_S)[1]
     assert client.returncode == 1
     assert "first, which goes on" in error
     assert "Traceback" not in error
@@ -256,7 +248,7 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
         until(steps, "the training")
         assert cluster.ask("jobs/first")["status"] == "RUNNING"
         assert cluster.ask("jobs/first/stop", "POST")["stopped"]
-        out, error = client.communicate(timeout=60)
+        out, error = client.communicate(timeout=PATIENCE_S)
     assert client.returncode == 75, out + error
     assert "first was stopped; the same command goes on" in error
     assert "the same command goes on from there" in out  # it saved, and said so
@@ -274,6 +266,6 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
 
     third = submit("--", "arae", "train", file)  # without Ray: the same training
     assert third.returncode == 0, third.stdout + third.stderr
-    assert undisturbed.wait(120) == 0
+    assert undisturbed.wait(PATIENCE_S) == 0
     assert weights(folder) == weights(folder_of("undisturbed"))
     assert weights(folder)

@@ -21,13 +21,13 @@ from conftest import make_tiny_npz
 from selenium.webdriver import Chrome
 from tracking import MARKS, free_port
 from training import tiny_recipe
+from waiting import PATIENCE_S, until
 
 from arae.config import dump_recipe
 from arae.tracking.mirror import CARD, ENVIRONMENT, PENDING
 
 pytestmark = [pytest.mark.cluster, *MARKS]
 
-STARTS = 120  # seconds at most for what takes ten
 Points = dict[str, list[tuple[int, float]]]
 """Of each series, steps and values in order."""
 
@@ -56,7 +56,7 @@ class Server:
         with (self.folder / "server.log").open("ab") as log:
             env = {**os.environ, **ENVIRONMENT}
             self._process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log, env=env)
-        wait_until(self._answers)
+        until(self._answers, "answer of the server", self._process)
 
     def stop(self) -> None:
         """Refuse connections from here on."""
@@ -83,13 +83,6 @@ class Server:
                 return True
         except (URLError, OSError):
             return False
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + STARTS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -200,9 +193,9 @@ def test_no_point_is_missing_after_an_outage(fault: str, server: Server, tmp_pat
     with (tmp_path / "out.txt").open("w") as out:
         training = subprocess.Popen(command, env=environment(tmp_path, server.uri), stdout=out, stderr=out)
     try:
-        wait_until(reached(33))
+        until(reached(33), "step 33")
         (server.stop if fault == "stopped" else server.hang)()
-        wait_until(reached(67))
+        until(reached(67), "step 67")
         waiting = len((run / PENDING).read_text().splitlines())
         if fault == "hung":
             server.resume()
@@ -210,7 +203,7 @@ def test_no_point_is_missing_after_an_outage(fault: str, server: Server, tmp_pat
             training.send_signal(signal.SIGSTOP)  # a server takes seconds to start: the last third is with it, too
             server.start()
             training.send_signal(signal.SIGCONT)
-        assert training.wait(STARTS) == 0, (tmp_path / "out.txt").read_text()
+        assert training.wait(PATIENCE_S) == 0, (tmp_path / "out.txt").read_text()
     finally:
         if training.poll() is None:
             training.kill()

@@ -19,6 +19,7 @@ import torch
 from conftest import make_tiny_npz
 from s3server import BUCKET, S3Server, s3_server
 from training import tiny_recipe, weights
+from waiting import PATIENCE_S, until
 
 from arae.config import Recipe, dump_recipe
 from arae.data import staging
@@ -77,7 +78,7 @@ def arae(cwd: Path, env: dict[str, str], *args: object) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=cwd, env=whole, text=True, stdout=-1, stderr=-1, start_new_session=True)
 
 
-def ended(process: subprocess.Popen[str], code: int, timeout: float = 150) -> str:
+def ended(process: subprocess.Popen[str], code: int, timeout: float = PATIENCE_S) -> str:
     """What it said; it must end with this code."""
     try:
         out, err = process.communicate(timeout=timeout)
@@ -86,16 +87,6 @@ def ended(process: subprocess.Popen[str], code: int, timeout: float = 150) -> st
             os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == code, out + err
     return out + err
-
-
-def until(question: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 90) -> Any:
-    """Asks until the answer is true; the process must not end meanwhile."""
-    deadline = time.monotonic() + seconds
-    while not (answer := question()):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return answer
 
 
 @contextmanager
@@ -151,11 +142,11 @@ def test_killed_here_it_goes_on_elsewhere(
     first = arae(place, at_s3("a"), "train", "r.yaml")
     url = at_s3("a")["ARAE_RUNS"] + "/tiny"
     remote = Remote(url)
-    until(lambda: newest_whole(remote), first)
+    until(lambda: newest_whole(remote), "state", first)
     with slowed(first):  # or it may be done before the other has looked whether it is alive
         said = ended(arae(place, at_s3("b"), "train", "r.yaml"), 2)
     assert f"another command is at work on this run, process {first.pid} on " in said
-    assert until(lambda: newest_whole(remote) >= 15, first)
+    assert until(lambda: newest_whole(remote) >= 15, "state of step 15", first)
     os.killpg(first.pid, signal.SIGKILL)
     first.communicate()
     killed, reached = time.time(), newest_whole(remote)
@@ -188,11 +179,11 @@ def test_a_server_that_is_away_for_a_while_stops_nothing(
     process = arae(place, at_s3("a"), "train", "r.yaml")
     url = at_s3("a")["ARAE_RUNS"] + "/tiny"
     remote = Remote(url)
-    until(lambda: newest_whole(remote), process)
+    until(lambda: newest_whole(remote), "state", process)
     (text,) = (tmp_path / "a").rglob("log.txt")
     server.stop()
     try:
-        until(lambda: "no answer" in text.read_text(), process)
+        until(lambda: "no answer" in text.read_text(), "word of the storage", process)
     finally:
         server.start()
     said = ended(process, 0)
@@ -211,7 +202,7 @@ def test_a_server_that_stays_away_is_said_and_nothing_is_lost(
     env = at_s3("a") | {"ARAE_STORAGE_WAIT": "2"}
     short = ("encoder.steps=40", "decoder=null")
     process = arae(place, env, "train", "r.yaml", *short)
-    until(lambda: list((tmp_path / "a").rglob("log.jsonl")), process)
+    until(lambda: list((tmp_path / "a").rglob("log.jsonl")), "log", process)
     server.stop()
     try:
         said = ended(process, 75)

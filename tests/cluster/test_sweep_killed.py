@@ -7,8 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from sweeping import GRID, PATIENCE_S, Sweeping, until
+from sweeping import GRID, Sweeping
 from tracking import MARKS
+from waiting import PATIENCE_S, until
 
 EVERY = 10  # steps between states
 pytestmark = [pytest.mark.cluster, *MARKS]
@@ -25,14 +26,14 @@ def test_killed_three_times_it_ends_with_the_same_table(tmp_path: Path) -> None:
         return sum(1 for path in killed.runs.glob("stages/*/state/manifest.json"))
 
     with killed.start() as process:
-        until(lambda: stages_begun() >= 1, process)
+        until(lambda: stages_begun() >= 1, "stage", process)
         assert end(killed.home, "ray::ImplicitFunc") == 1
-        until(lambda: len(killed.events("end")) >= 1, process)
+        until(lambda: len(killed.events("end")) >= 1, "end of a stage", process)
         process.kill()
     time.sleep(2)
     with killed.start() as process:
         begun = len(killed.events("end"))
-        until(lambda: len(killed.events("end")) > begun or stages_begun() > 4, process)
+        until(lambda: len(killed.events("end")) > begun or stages_begun() > 4, "end of a stage", process)
         assert end(killed.home, "raylet", "gcs_server", most=9) > 0
         process.wait(PATIENCE_S)
         assert process.returncode != 0

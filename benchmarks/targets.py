@@ -27,10 +27,13 @@ class Target(NamedTuple):
     """Whose figures it is judged by: a file of `results/`."""
     bound: float
     measured: Callable[[], Ratios]
+    """The values; FileNotFoundError where there are none."""
     most: bool = False
     """Whether it is to be at most the bound, not at least."""
     n: int | None = None
     """Of what the values are an interval and its middle; default: they are so many rounds."""
+    remark: Callable[[], str] = str
+    """What is to be known of the values."""
 
     def row(self) -> str:
         """The row in Markdown."""
@@ -41,21 +44,42 @@ class Target(NamedTuple):
             return f"| {self.what} | {aim} | not measured yet | - | `{self.result}` |"
         middle = median(values)
         met = middle <= self.bound if self.most else middle >= self.bound
-        found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {self.n or len(values)}"
+        found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {self.n or len(values)}{self.remark()}"
         return f"| {self.what} | {aim} | {found} | {'yes' if met else 'no'} | `{self.result}` |"
+
+
+def _result(name: str) -> Result:
+    return Result.model_validate_json((RESULTS / f"{name}.json").read_text())
+
+
+def _precision(result: Result) -> str:
+    """The lowest that a step was measured in."""
+    return "bf16" if "arae bf16" in result.seconds else "fp32"
 
 
 def _ratio(name: str, what: str) -> Callable[[], Ratios]:
     """Of a result's comparison."""
 
     def found() -> Ratios:
-        result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
+        result = _result(name)
         of_it = [ratios(result, each) for each in result.comparisons if each.what == what]
-        if not of_it:  # the peer was not there, or the processor has no bf16 instructions
+        if not of_it:  # the peer was not there
             raise FileNotFoundError
         return of_it[0]
 
     return found
+
+
+def step_over(what: str, name: str, bound: float, peer: str) -> Target:
+    """A peer's step as shipped over ours, in the best precision of the processor it was measured on."""
+
+    def found() -> Ratios:
+        return _ratio(name, f"{peer} over arae {_precision(_result(name))}")()
+
+    def remark() -> str:
+        return "" if _precision(_result(name)) == "bf16" else ", fp32: the processor has no bf16"
+
+    return Target(what, name, bound, found, remark=remark)
 
 
 def _over_bound(name: str) -> Callable[[], Ratios]:
@@ -63,8 +87,8 @@ def _over_bound(name: str) -> Callable[[], Ratios]:
     from benchmarks.step import above_bound
 
     def found() -> Ratios:
-        result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
-        return above_bound(result, "bf16" if "arae bf16" in result.seconds else "fp32")
+        result = _result(name)
+        return above_bound(result, _precision(result))
 
     return found
 
@@ -98,17 +122,14 @@ def _crops(view: str, mode: str) -> Callable[[], Ratios]:
     return found
 
 
-_BF16 = "over arae bf16"
 TARGETS = (
-    Target("PGD-7 step, AlexNet 224 px, CPU: the reference library's as shipped over ours", "pgd-alexnet", 2.4,
-           _ratio("pgd-alexnet", f"robustness {_BF16}")),
-    Target("PGD-7 step, ResNet-18 32 px, CPU: same", "pgd-resnet18", 2.3,
-           _ratio("pgd-resnet18", f"robustness {_BF16}")),
+    step_over("PGD-7 step, AlexNet 224 px, CPU: the reference library's as shipped over ours", "pgd-alexnet", 2.4,
+              "robustness"),
+    step_over("PGD-7 step, ResNet-18 32 px, CPU: same", "pgd-resnet18", 2.3, "robustness"),
     Target("PGD-7 step over 1 + K (F + Bx) / T, AlexNet", "pgd-alexnet", 1.08, _over_bound("pgd-alexnet"), most=True),
     Target("PGD-7 step over 1 + K (F + Bx) / T, ResNet-18", "pgd-resnet18", 1.08, _over_bound("pgd-resnet18"),
            most=True),
-    Target("Decoder step, conv5, CPU: the authors' over ours", "decoder-conv5", 2.8,
-           _ratio("decoder-conv5", f"authors {_BF16}")),
+    step_over("Decoder step, conv5, CPU: the authors' over ours", "decoder-conv5", 2.8, "authors"),
     Target("Loading, CPU: ImageFolder + DataLoader over ours, jpg", "loading-folder", 4.0,
            _ratio("loading-folder", "ImageFolder over arae jpg")),
     Target("Loading, CPU: ImageFolder + DataLoader over ours, raw", "loading-folder", 10.0,
@@ -120,10 +141,9 @@ TARGETS = (
            _time_to_robust, most=True),
     Target("Peak memory of a step: by how much of it `plan` is off", "memory/steps", 0.15, _memory, most=True),
     Target("Evaluations of the cascade, share of AutoAttack's", "evaluate/fashion-mnist", 0.25, _cascade, most=True),
-    Target("PGD-7 step, AlexNet 224 px, GPU: the reference library's over ours", "pgd-alexnet-cuda", 4.0,
-           _ratio("pgd-alexnet-cuda", f"robustness {_BF16}")),
-    Target("PGD-7 step, ResNet-18 32 px, GPU: same", "pgd-resnet18-cuda", 4.0,
-           _ratio("pgd-resnet18-cuda", f"robustness {_BF16}")),
+    step_over("PGD-7 step, AlexNet 224 px, GPU: the reference library's over ours", "pgd-alexnet-cuda", 4.0,
+              "robustness"),
+    step_over("PGD-7 step, ResNet-18 32 px, GPU: same", "pgd-resnet18-cuda", 4.0, "robustness"),
 )  # fmt: skip
 
 
@@ -142,8 +162,8 @@ def limit(name: str) -> str:
     """What a PGD-7 step's time goes to, by the record's own parts."""
     from benchmarks.step import STEPS, parts
 
-    result = Result.model_validate_json((RESULTS / f"{name}.json").read_text())
-    found = parts(result, "bf16" if "arae bf16" in result.seconds else "fp32")
+    result = _result(name)
+    found = parts(result, _precision(result))
     # Medians of different variants: where nothing else takes time, what is left may be below zero.
     share = {key: f"{max(0.0, 100 * value / found['whole']):.0f} %" for key, value in found.items()}
     return (

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from benchmarks import harness, targets, time_to_robust
-from benchmarks.harness import Result
-from benchmarks.targets import TARGETS, Target, limit, table, with_targets
+from benchmarks.harness import Comparison, Result
+from benchmarks.targets import TARGETS, Target, limit, step_over, table, with_targets
 from benchmarks.time_to_robust import RECIPES, Record, Run, behind, quickest
 from benchmarks.time_to_robust import table as recipes
 
@@ -88,3 +88,27 @@ def test_what_limits_a_step_is_told_in_shares(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "x.json").write_text(made.model_copy(update={"seconds": seconds}).model_dump_json())
     monkeypatch.setattr(targets, "RESULTS", tmp_path)
     assert [int(share) for share in re.findall(r"(\d+) %", limit("x"))] == [70, 25, 5]
+
+
+@pytest.mark.parametrize(
+    ("best", "shown"),
+    [
+        ("bf16", "| a | ≥ 2.4 | 3.00 (2.00 – 4.00), n = 3 | yes | `x` |"),
+        ("fp32", "| a | ≥ 2.4 | 2.00 (1.00 – 2.00), n = 3, fp32: the processor has no bf16 | no | `x` |"),
+    ],
+)
+def test_a_step_is_judged_in_the_precision_that_the_processor_is_good_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, best: str, shown: str
+) -> None:
+    seconds = {"peer": (4.0, 4.0, 6.0), "arae fp32": (4.0, 2.0, 3.0), "arae bf16": (2.0, 1.0, 2.0)}
+    measured = {name: each for name, each in seconds.items() if best in name or "bf16" not in name}
+    compared = tuple(
+        Comparison(what=f"peer over {name}", slow="peer", fast=name) for name in measured if name != "peer"
+    )
+    made = Result.model_validate_json((harness.RESULTS / "pgd-alexnet.json").read_text())
+    made = made.model_copy(update={"seconds": measured, "comparisons": compared})
+    (tmp_path / "x.json").write_text(made.model_dump_json())
+    monkeypatch.setattr(targets, "RESULTS", tmp_path)
+    assert step_over("a", "x", 2.4, "peer").row() == shown
+    assert step_over("a", "x", 2.4, "nobody").row() == "| a | ≥ 2.4 | not measured yet | - | `x` |"
+    assert step_over("a", "y", 2.4, "peer").row() == "| a | ≥ 2.4 | not measured yet | - | `y` |"

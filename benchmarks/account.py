@@ -1,9 +1,10 @@
 """An account of one training step: what its time is spent on, kind by kind, for the steps that a target is about.
 
 Measured: one whole step of `step` and `decoder` in the device's best precision, as those make it: the median of three
-after one of warm-up, and in three more under PyTorch's profiler the time of each kernel. On a CPU by the clock on the
-wall, one thread on a machine that should do nothing else: what no kernel takes is Python and PyTorch's dispatch. On a
-GPU by the device's clock: what none takes is waiting for a launch.
+after one of warm-up, and in three more under PyTorch's profiler the time of each kernel. On a CPU a step's time is CPU
+seconds, with one thread; the shares are of what the profiled steps took by the clock on the wall, which is the
+kernels' clock, and what no kernel takes is Python, PyTorch's dispatch and the profiler. On a GPU all is by the device's
+clock, the shares are of the step without the profiler, and what no kernel takes is waiting for a launch.
 
 `python -m benchmarks.account` writes `results/account/NAME.json`.
 """
@@ -22,7 +23,7 @@ from arae.config import Part
 from arae.files import write_text
 from arae.train.engine import default_device
 from benchmarks import decoder, step
-from benchmarks.harness import RESULTS, Made, Work, cuda_clock, here
+from benchmarks.harness import RESULTS, Made, Work, cpu_clock, cuda_clock, here
 
 OUT = RESULTS / "account"
 STEPS = 3
@@ -96,29 +97,24 @@ def account(name: str, precision: str, work: Work, device: torch.device) -> Acco
     torch.set_num_threads(threads if gpu else 1)
     try:
         work()
-        seconds = median((cuda_clock if gpu else wall_clock)(work) for _ in range(STEPS))
-        kernels = kernels_of(work, gpu=gpu)
+        seconds = median((cuda_clock if gpu else cpu_clock)(work) for _ in range(STEPS))
+        kernels, profiled = kernels_of(work, gpu=gpu)
         made = here(device)
     finally:
         torch.set_num_threads(threads)
-    found = shares(kernels, seconds, ON_GPU if gpu else ON_CPU, REST[device.type])
+    found = shares(kernels, seconds if gpu else profiled, ON_GPU if gpu else ON_CPU, REST[device.type])
     return Account(name=f"{name}-cuda" if gpu else name, precision=precision, seconds=seconds, shares=found, **made)
 
 
-def wall_clock(work: Work) -> float:
-    """Seconds; the profiler's are of this clock."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def kernels_of(work: Work, *, gpu: bool) -> list[Timed]:
-    """The kernels of a step, each with its own time."""
+def kernels_of(work: Work, *, gpu: bool) -> tuple[list[Timed], float]:
+    """The kernels of a step, each with its own time, and what the step took by the clock on the wall meanwhile."""
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if gpu else [])]) as told:
+        start = time.perf_counter()
         for _ in range(STEPS):
             work()
         if gpu:
             torch.cuda.synchronize()
+        took = (time.perf_counter() - start) / STEPS
     of_device = "CUDA" if gpu else "CPU"
     found = []
     for one in told.key_averages():
@@ -127,7 +123,7 @@ def kernels_of(work: Work, *, gpu: bool) -> list[Timed]:
             continue
         if gpu or (one.key.startswith("aten::") and not re.match(VIEWS, one.key)):
             found.append(Timed(name=one.key, seconds=own / 1e6 / STEPS))
-    return found
+    return found, took
 
 
 def steps(device: torch.device) -> dict[str, Callable[[str], Work]]:

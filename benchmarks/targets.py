@@ -1,8 +1,8 @@
 """What is aimed at beside what was measured: a table made from the results, in `README.md` and after every run.
 
-Each row is a ratio of one paired run on one machine, its median and range over the rounds, and n; of accuracies it is a
-difference and its 95 % interval, and n photographs. On which machine, the result that it names says. A row whose result
-is not there says so. `python -m benchmarks.targets` renews the page.
+Each row is a ratio of one paired run on one machine, its median and range over the rounds, n, and the machine; of
+accuracies it is a difference and its 95 % interval, and n photographs. A row whose result is not there says so.
+`python -m benchmarks.targets` renews the page.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
+
+from pydantic import BaseModel
 
 from arae.files import write_text
 from benchmarks import account, crops, evaluate, harness, memory, time_to_robust
@@ -41,11 +43,18 @@ class Target(NamedTuple):
         try:
             values = self.measured()
         except FileNotFoundError:
-            return f"| {self.what} | {aim} | not measured yet | - | `{self.result}` |"
+            return f"| {self.what} | {aim} | not measured yet | - | - | `{self.result}` |"
         middle = median(values)
         met = middle <= self.bound if self.most else middle >= self.bound
         found = f"{middle:.2f} ({min(values):.2f} – {max(values):.2f}), n = {self.n or len(values)}{self.remark()}"
-        return f"| {self.what} | {aim} | {found} | {'yes' if met else 'no'} | `{self.result}` |"
+        on = _Record.model_validate_json((RESULTS / f"{self.result}.json").read_text()).hardware.get("device", "?")
+        return f"| {self.what} | {aim} | {found} | {'yes' if met else 'no'} | {on} | `{self.result}` |"
+
+
+class _Record(BaseModel):
+    """What any result says of the machine."""
+
+    hardware: dict[str, str | int]
 
 
 def _result(name: str) -> Result:
@@ -149,7 +158,7 @@ TARGETS = (
 
 def table() -> str:
     """All of them in Markdown, and below what limits the steps, where that was looked at."""
-    head = ["| What | Aim | Measured: median (range) | Met | Result |", "|---|---|---|---|---|"]
+    head = ["| What | Aim | Measured: median (range) | Met | On | Result |", "|---|---|---|---|---|---|"]
     lines = [*head, *(target.row() for target in TARGETS)]
     lines += ["", *(limit(name) for name in ("pgd-alexnet", "pgd-resnet18") if (RESULTS / f"{name}.json").is_file())]
     if accounts := account.read():

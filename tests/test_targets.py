@@ -16,14 +16,19 @@ from benchmarks.time_to_robust import table as recipes
 @pytest.mark.parametrize(
     ("values", "most", "shown"),
     [
-        ([2.0, 3.0, 2.5], False, "| a | ≥ 2.4 | 2.50 (2.00 – 3.00), n = 3 | yes | `r` |"),
-        ([2.0, 3.0, 2.3], False, "| a | ≥ 2.4 | 2.30 (2.00 – 3.00), n = 3 | no | `r` |"),
-        ([2.5], True, "| a | ≤ 2.4 | 2.50 (2.50 – 2.50), n = 1 | no | `r` |"),
-        ([2.3], True, "| a | ≤ 2.4 | 2.30 (2.30 – 2.30), n = 1 | yes | `r` |"),
-        (None, False, "| a | ≥ 2.4 | not measured yet | - | `r` |"),
+        ([2.0, 3.0, 2.5], False, "| a | ≥ 2.4 | 2.50 (2.00 – 3.00), n = 3 | yes | CPU | `r` |"),
+        ([2.0, 3.0, 2.3], False, "| a | ≥ 2.4 | 2.30 (2.00 – 3.00), n = 3 | no | CPU | `r` |"),
+        ([2.5], True, "| a | ≤ 2.4 | 2.50 (2.50 – 2.50), n = 1 | no | CPU | `r` |"),
+        ([2.3], True, "| a | ≤ 2.4 | 2.30 (2.30 – 2.30), n = 1 | yes | CPU | `r` |"),
+        (None, False, "| a | ≥ 2.4 | not measured yet | - | - | `r` |"),
     ],
 )
-def test_a_row_says_whether_the_aim_is_met(values: list[float] | None, most: bool, shown: str) -> None:
+def test_a_row_says_whether_the_aim_is_met(
+    values: list[float] | None, most: bool, shown: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "r.json").write_text('{"hardware": {"device": "CPU", "cores": 2}, "name": "r"}')
+    monkeypatch.setattr(targets, "RESULTS", tmp_path)
+
     def measured() -> list[float]:
         if values is None:
             raise FileNotFoundError
@@ -93,8 +98,8 @@ def test_what_limits_a_step_is_told_in_shares(monkeypatch: pytest.MonkeyPatch, t
 @pytest.mark.parametrize(
     ("best", "shown"),
     [
-        ("bf16", "| a | ≥ 2.4 | 3.00 (2.00 – 4.00), n = 3 | yes | `x` |"),
-        ("fp32", "| a | ≥ 2.4 | 2.00 (1.00 – 2.00), n = 3, fp32: the processor has no bf16 | no | `x` |"),
+        ("bf16", "| a | ≥ 2.4 | 3.00 (2.00 – 4.00), n = 3 | yes | AMD EPYC | `x` |"),
+        ("fp32", "| a | ≥ 2.4 | 2.00 (1.00 – 2.00), n = 3, fp32: the processor has no bf16 | no | AMD EPYC | `x` |"),
     ],
 )
 def test_a_step_is_judged_in_the_precision_that_the_processor_is_good_at(
@@ -110,5 +115,5 @@ def test_a_step_is_judged_in_the_precision_that_the_processor_is_good_at(
     (tmp_path / "x.json").write_text(made.model_dump_json())
     monkeypatch.setattr(targets, "RESULTS", tmp_path)
     assert step_over("a", "x", 2.4, "peer").row() == shown
-    assert step_over("a", "x", 2.4, "nobody").row() == "| a | ≥ 2.4 | not measured yet | - | `x` |"
-    assert step_over("a", "y", 2.4, "peer").row() == "| a | ≥ 2.4 | not measured yet | - | `y` |"
+    assert step_over("a", "x", 2.4, "nobody").row() == "| a | ≥ 2.4 | not measured yet | - | - | `x` |"
+    assert step_over("a", "y", 2.4, "peer").row() == "| a | ≥ 2.4 | not measured yet | - | - | `y` |"

@@ -186,22 +186,25 @@ def _end_pool() -> None:
         del _ITERATOR.pool
 
 
+def fitted(window: np.ndarray, out: np.ndarray) -> None:
+    """A window [h, w, 3] of an image in the size of `out` [H, W, 3], both uint8, into it."""
+    import cv2
+
+    (h, w), (height, width) = window.shape[:2], out.shape[:2]
+    if (h, w) == (height, width):
+        out[...] = window
+        return
+    # Averages over areas want a reduction by both sides, and are four times as slow as two points by two; where it is a
+    # small one they hardly differ (44 dB from Pillow's in place of 49 at 256 to 224 pixels).
+    reduced = h >= AREA_FROM * height and w >= AREA_FROM * width
+    cv2.resize(window, (width, height), out, interpolation=cv2.INTER_AREA if reduced else cv2.INTER_LINEAR)
+
+
 @cache
 def _decoder_class() -> Any:
     import cv2
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.libffcv import imdecode
-
-    def fitted(window: np.ndarray, out: np.ndarray) -> None:
-        """A window [h, w, 3] in the size of `out` [H, W, 3], into it."""
-        (h, w), (height, width) = window.shape[:2], out.shape[:2]
-        if (h, w) == (height, width):
-            out[...] = window
-            return
-        # Averages over areas want a reduction by both sides, and are four times as slow as two points by two; where it
-        # is a small one they hardly differ (44 dB from Pillow's in place of 49 at 256 to 224 pixels).
-        reduced = h >= AREA_FROM * height and w >= AREA_FROM * width
-        cv2.resize(window, (width, height), out, interpolation=cv2.INTER_AREA if reduced else cv2.INTER_LINEAR)
 
     class Decoder(SimpleRGBImageDecoder):
         """FFCV's decoder of colour images for ids that carry the epoch; it cuts windows out and resizes them."""

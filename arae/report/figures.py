@@ -122,6 +122,7 @@ def _tiles(
 def _plane(axes: Axes, table: Table, metric: str, name: str) -> None:
     """One panel of the map, with intervals as bars on both axes."""
     from matplotlib import colormaps
+    from matplotlib.patheffects import withStroke
 
     threat = table.headline
     radii = sorted({row.eps for row in table.rows})
@@ -137,7 +138,10 @@ def _plane(axes: Axes, table: Table, metric: str, name: str) -> None:
             style = {"marker": MARKERS[i % len(MARKERS)], "markersize": 10, "color": shades[row.eps], "zorder": 3}
             axes.errorbar([100 * _value(x)], [_value(y)], markeredgecolor="white", **style, **bars)
             radius = f"ε = {radius_text(row.eps)}" if row.eps else "standard"
-            axes.annotate(radius, (100 * _value(x), _value(y)), fontsize=11, color=INK, zorder=4)
+            # Where there is no free place, it is read over a bar.
+            halo = [withStroke(linewidth=3, foreground="white")]
+            at = (100 * _value(x), _value(y))
+            axes.annotate(radius, at, fontsize=11, color=INK, zorder=4, path_effects=halo)
     if len(table.series()) > 1:
         axes.legend(fontsize=8, loc="best", framealpha=0.9)
     if not drawn or threat is None:

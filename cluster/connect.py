@@ -10,13 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from arae.errors import InputError, last_line
+from arae.errors import AraeError, InputError, last_line
 from arae.launch import Where
 from arae.storage import is_url, without_secrets
 
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20  # training reads its batches itself; what an evaluation sends beyond this goes to disk
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray tells a submitted job's driver what its runtime environment is
+STARTS, LATE = 3, "timed out during startup"
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -45,7 +46,7 @@ def address_of(where: Where) -> str | None:
 def connect(where: Where) -> None:
     """Join the cluster, or start one on this machine; once a process. What the user has set of RAY_* stays.
 
-    Raises InputError where no cluster answers, or Ray is not installed.
+    Raises InputError where no cluster answers, or Ray is not installed; AraeError where none can be started.
     """
     address = address_of(where)
     # A worker that answers nothing hangs, with others in a collective or without.
@@ -70,8 +71,35 @@ def connect(where: Where) -> None:
             raise InputError(f"--address {address}: no Ray cluster answers ({last_line(error)})") from None
         return
     cpus = max((where.most or where.workers or 1) * (where.cpus or 1), os.cpu_count() or 1)
-    # "local": Ray would else join whatever cluster somebody has started on this machine.
-    ray.init("local", num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+    start_alone(num_cpus=cpus, include_dashboard=False, object_store_memory=OBJECT_STORE_BYTES, **quiet)
+
+
+def start_alone(**options: Any) -> None:
+    """Start a cluster on this machine for this process.
+
+    Ray gives up a node that is not there in half a minute, which a machine that is busy with other things may need
+    and more: it is started again then. Raises AraeError where that does not help.
+    """
+    import ray
+    from psutil import Process  # Ray brings its own
+
+    for left in reversed(range(STARTS)):
+        others = set(Process().children())
+        try:
+            # "local": Ray would else join whatever cluster somebody has started on this machine.
+            ray.init("local", **options)
+            return
+        except Exception as error:
+            if LATE not in str(error):
+                raise
+            for process in set(Process().children()) - others:  # of a node that Ray forgets
+                process.kill()
+            ray.shutdown()
+            if not left:
+                raise AraeError(
+                    f"Ray was started {STARTS} times and was not there within half a minute: this machine is too busy, "
+                    "or short of memory; give the same command again when it is less so"
+                ) from None
 
 
 def _own_token() -> None:

@@ -40,12 +40,12 @@ def train(
 def evaluate(recipe: RecipeName, overrides: Overrides = None, *, where: Where) -> None:
     """Measure a trained run on held-out images, into records; with --workers, batches are shared out over them."""
     loaded = load_recipe(recipe, overrides or ())
-    from arae.models.autoencoder import load_autoencoder
+    from arae.models.autoencoder import find_model
     from arae.report import summary
     from arae.session import session
 
     one_trip(loaded)
-    load_autoencoder(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
+    find_model(RunFolder.of(loaded).path)  # a run that was never trained is said before there is one
 
     with session(loaded, trained=True) as run:
         records = run.evaluate(where)

@@ -179,11 +179,8 @@ def _new_encoder(config: Mapping[str, Any]) -> Encoder:
     )
 
 
-def load_autoencoder(path: str | Path) -> Autoencoder:
-    """The autoencoder of a run folder or a model folder, on the CPU, in eval mode.
-
-    Raises InputError where there is no model, or its files are damaged.
-    """
+def find_model(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The model folder that a path is or has in it, and its config. InputError where there is no model."""
     from arae.storage import fetched
 
     folder = fetched(path)
@@ -191,6 +188,15 @@ def load_autoencoder(path: str | Path) -> Autoencoder:
     config = read_config(folder)
     if config is None or "encoder" not in config:
         raise InputError(f"{folder}: no model (config.json is missing); `arae train` makes one")
+    return folder, config
+
+
+def load_autoencoder(path: str | Path) -> Autoencoder:
+    """The autoencoder of a run folder or a model folder, on the CPU, in eval mode.
+
+    Raises InputError where there is no model, or its files are damaged.
+    """
+    folder, config = find_model(path)
     try:
         encoder = load_encoder(folder, config)
         return Autoencoder(encoder, load_decoder(folder, config, encoder), config)

@@ -1,0 +1,68 @@
+"""Starting a Ray cluster on a busy machine: by a stand-in for Ray's own start, that starts a process and is late."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from arae.errors import AraeError
+from cluster.connect import LATE, STARTS, start_alone
+
+
+class Late:
+    """`ray.init` that is late the first times; each start leaves a process behind, as Ray's does."""
+
+    def __init__(self, times: int, said: str = f"The current node {LATE}.") -> None:
+        self.times, self.said, self.started = times, said, list[subprocess.Popen[bytes]]()
+
+    def __call__(self, address: str, **options: Any) -> None:
+        assert (address, options) == ("local", {"num_cpus": 2})
+        self.started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        if len(self.started) <= self.times:
+            raise Exception(self.said)
+
+    def alive(self) -> list[bool]:
+        """Of each start's process, whether it is left; a killed one ends at once."""
+        for process in self.started[: self.times]:
+            process.wait(60)
+        return [process.poll() is None for process in self.started]
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any:
+    import ray
+
+    made = Late(*request.param)
+    monkeypatch.setattr(ray, "init", made)
+    yield made
+    for process in made.started:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("late", [(n,) for n in range(STARTS)], indirect=True)
+def test_a_node_that_is_late_is_started_again(late: Late) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        start_alone(num_cpus=2)
+        assert late.alive() == [False] * late.times + [True]
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+@pytest.mark.parametrize("late", [(STARTS,)], indirect=True)
+def test_one_that_is_always_late_is_said(late: Late) -> None:
+    with pytest.raises(AraeError, match=f"started {STARTS} times .*too busy"):
+        start_alone(num_cpus=2)
+    assert late.alive() == [False] * STARTS
+
+
+@pytest.mark.parametrize("late", [(1, "no such option")], indirect=True)
+def test_another_error_is_handed_on(late: Late) -> None:
+    with pytest.raises(Exception, match="no such option"):
+        start_alone(num_cpus=2)
+    assert len(late.started) == 1
+    late.started[0].kill()

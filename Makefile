@@ -41,7 +41,7 @@ lint: setup  ## ruff and pyright, as the commit hooks run them
 
 bench: setup  ## the benchmarks
 	@cmp -s benchmarks/peers.txt .peers/peers.txt || $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps --target .peers -r benchmarks/peers.txt && cp benchmarks/peers.txt .peers || true
-	@test -d .peers/adv_robust_autoencoder/.git || { GIT_TERMINAL_PROMPT=0 git clone -q https://github.com/renanrojasg/adv_robust_autoencoder .peers/adv_robust_autoencoder && git -C .peers/adv_robust_autoencoder checkout -q 0ab709d4ed3038f516d562f2adcda6eb8ce88d80; } || true
+	@test -d .peers/adv_robust_autoencoder/.git || { rm -rf .peers/clone; GIT_TERMINAL_PROMPT=0 git clone -q https://github.com/renanrojasg/adv_robust_autoencoder .peers/clone && git -C .peers/clone checkout -q 0ab709d4ed3038f516d562f2adcda6eb8ce88d80 && rm -rf .peers/adv_robust_autoencoder && mv .peers/clone .peers/adv_robust_autoencoder; } || true
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 picture: setup  ## the README's pictures and table, from the demo's run

@@ -60,7 +60,7 @@ class Account(Made):
     seconds: float
     """A step's."""
     shares: dict[str, float]
-    """Of the seconds, by kind; they sum to 1."""
+    """Of the time that the kernels were timed in (see above), by kind; they sum to 1."""
 
     def line(self) -> str:
         """In words."""
@@ -79,7 +79,7 @@ class Timed(Part):
 
 def shares(kernels: Sequence[Timed], seconds: float, kinds: dict[str, str], rest: str) -> dict[str, float]:
     """Of a step of `seconds`, the share of each kind (the first whose pattern is in a kernel's name) and of what is
-    left. Where the kernels take longer than the step did without the profiler, they are the whole."""
+    left. Where the kernels take longer than that, they are the whole."""
     found = dict.fromkeys(kinds, 0.0)
     for kernel in kernels:
         kind = next((kind for kind, pattern in kinds.items() if re.search(pattern, kernel.name.lower())), None)

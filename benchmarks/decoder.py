@@ -51,7 +51,7 @@ def decoder_conv5(device: torch.device) -> Result:
     ]
     if theirs is not None and best != "fp32":
         compared.append(Comparison(what="authors over arae fp32", slow="authors", fast="arae fp32"))
-    return measure(
+    made = measure(
         "decoder-conv5",
         "One decoder training step (discriminator, then generator; pixel, feature and adversarial losses) of the "
         f"paper's decoder over AlexNet's conv5 on {batch} images of {written(ALEXNET.shape)}.",
@@ -63,6 +63,7 @@ def decoder_conv5(device: torch.device) -> Result:
         device=device,
         left_out=left_out | ({} if "bf16" in precisions else {"bf16": NO_BF16}),
     )
+    return made if theirs is None or theirs.clone else made.model_copy(update={"notes": (peers.COPY,)})
 
 
 def decoder(device: torch.device) -> Result:

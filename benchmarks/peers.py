@@ -2,14 +2,16 @@
 
 `make bench` puts the packages of `peers.txt` into `.peers/`, each without its dependencies, for they would pull in
 much that is neither run nor measured here. Beside them it clones the code of the paper's authors, which is no package
-and has no licence: it is run here and not copied.
+and has no licence: it is run here, and no part of arae. A result that was measured beside anything else says so.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor, nn
 
 PEERS = Path(__file__).resolve().parent.parent / ".peers"
+COMMIT = "0ab709d4ed3038f516d562f2adcda6eb8ce88d80"
+"""Of the authors' code."""
+COPY = "The authors' side is not the clone of their code, but a copy of what its step runs."
 MISSING = "its code is not there: `make bench` fetches it"
 
 
@@ -71,7 +76,7 @@ def authors() -> ModuleType | None:
     """The networks and the loop of the paper's authors (renanrojasg/adv_robust_autoencoder): `alexnet`, `loop`; or
     None."""
     place = PEERS / "adv_robust_autoencoder"
-    if not (place / ".git").is_dir():  # the clone itself, and nothing that stands in for it
+    if not (place / "models" / "alexnet.py").is_file():
         return None
     for path in (PEERS, place):
         if str(path) not in sys.path:
@@ -83,7 +88,17 @@ def authors() -> ModuleType | None:
     found.alexnet = import_module("models.alexnet")  # type: ignore[attr-defined]
     found.loop = import_module("utils.train_utils")  # type: ignore[attr-defined]
     found.tools = import_module("utils.core_utils")  # type: ignore[attr-defined]
+    found.clone = _commit(place) == COMMIT  # type: ignore[attr-defined]
     return found
+
+
+def _commit(place: Path) -> str:
+    """The commit that a folder is the checkout of, with nothing changed in it; or nothing."""
+    if not (place / ".git").is_dir():  # git would look for a checkout further up
+        return ""
+    git = partial(subprocess.run, cwd=place, capture_output=True, text=True, check=False)
+    changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
+    return "" if changed else git(["git", "rev-parse", "HEAD"]).stdout.strip()
 
 
 def authors_step(

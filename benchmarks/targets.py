@@ -14,7 +14,7 @@ from typing import NamedTuple
 from pydantic import BaseModel
 
 from arae.files import write_text
-from benchmarks import account, crops, evaluate, harness, memory, time_to_robust
+from benchmarks import account, crops, evaluate, harness, memory, peers, time_to_robust
 from benchmarks.harness import RESULTS, Result, ratios
 
 BEGIN, END = "<!-- targets:begin -->", "<!-- targets:end -->"
@@ -86,7 +86,9 @@ def step_over(what: str, name: str, bound: float, peer: str) -> Target:
         return _ratio(name, f"{peer} over arae {_precision(_result(name))}")()
 
     def remark() -> str:
-        return "" if _precision(_result(name)) == "bf16" else ", fp32: the processor has no bf16"
+        result = _result(name)
+        said = "" if _precision(result) == "bf16" else ", fp32: the processor has no bf16"
+        return said + (", beside a copy of its code" if peers.COPY in result.notes else "")
 
     return Target(what, name, bound, found, remark=remark)
 

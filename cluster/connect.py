@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from arae.storage import is_url, without_secrets
 ROOT = Path(__file__).resolve().parent.parent
 OBJECT_STORE_BYTES = 256 * 2**20  # training reads its batches itself; what an evaluation sends beyond this goes to disk
 JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # how Ray tells a submitted job's driver what its runtime environment is
-STARTS, LATE = 3, "timed out during startup"
+STARTS = 3
+LATE = ("timed out during startup", "Timed out waiting for file")
+"""How Ray says that a part of a node was not there in time: the node itself, its control store."""
 DEFAULTS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
@@ -77,29 +80,42 @@ def connect(where: Where) -> None:
 def start_alone(**options: Any) -> None:
     """Start a cluster on this machine for this process.
 
-    Ray gives up a node that is not there in half a minute, which a machine that is busy with other things may need
-    and more: it is started again then. Raises AraeError where that does not help.
+    Ray gives a node up that is not there within half a minute. A busy machine may need longer, so it is started
+    again. Raises AraeError where that does not help.
     """
     import ray
-    from psutil import Process  # Ray brings its own
+    from psutil import NoSuchProcess, Process, wait_procs  # Ray brings its own
 
     for left in reversed(range(STARTS)):
-        others = set(Process().children())
+        others = set(Process().children(recursive=True))
         try:
             # "local": Ray would else join whatever cluster somebody has started on this machine.
             ray.init("local", **options)
             return
         except Exception as error:
-            if LATE not in str(error):
+            if not any(each in str(error) for each in LATE):
                 raise
-            for process in set(Process().children()) - others:  # of a node that Ray forgets
-                process.kill()
+            forgotten = [one for one in Process().children(recursive=True) if one not in others and _is_of_ray(one)]
+            for process in forgotten:
+                with suppress(NoSuchProcess):
+                    process.kill()
+            wait_procs(forgotten, timeout=5)
             ray.shutdown()
             if not left:
                 raise AraeError(
                     f"Ray was started {STARTS} times and was not there within half a minute: this machine is too busy, "
                     "or short of memory; give the same command again when it is less so"
                 ) from None
+
+
+def _is_of_ray(process: Any) -> bool:
+    """Whether a process below this one is Ray's, and no thread's of this command."""
+    from psutil import Error
+
+    try:
+        return any("/ray/" in word or word.startswith("ray::") for word in process.cmdline()[:3])
+    except Error:
+        return False
 
 
 def _own_token() -> None:

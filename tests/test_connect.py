@@ -9,16 +9,21 @@ import pytest
 from arae.errors import AraeError
 from cluster.connect import LATE, STARTS, start_alone
 
+SLEEP = "import time; time.sleep(600)"
+
 
 class Late:
     """`ray.init` that is late the first times; each start leaves a process behind, as Ray's does."""
 
-    def __init__(self, times: int, said: str = f"The current node {LATE}.") -> None:
+    def __init__(self, times: int, said: str = f"The current node {LATE[0]}.") -> None:
         self.times, self.said, self.started = times, said, list[subprocess.Popen[bytes]]()
+        self.beside, self.bystanders = list[str](), list[subprocess.Popen[bytes]]()
 
     def __call__(self, address: str, **options: Any) -> None:
         assert (address, options) == ("local", {"num_cpus": 2})
-        self.started.append(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]))
+        self.started.append(subprocess.Popen([sys.executable, "-c", SLEEP + "  # /ray/raylet"]))
+        if self.beside:
+            self.bystanders.append(subprocess.Popen(self.beside))
         if len(self.started) <= self.times:
             raise Exception(self.said)
 
@@ -41,16 +46,20 @@ def late(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Any
         process.wait()
 
 
-@pytest.mark.parametrize("late", [(n,) for n in range(STARTS)], indirect=True)
+@pytest.mark.parametrize("late", [(0,), (1,), (2, f"{LATE[1]} gcs_server_port.")], indirect=True)
 def test_a_node_that_is_late_is_started_again(late: Late) -> None:
-    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    """And what the late one has left is killed: nothing from before it, and nothing that is not Ray's."""
+    before = subprocess.Popen([sys.executable, "-c", SLEEP + "  # /ray/raylet"])
+    late.beside = [sys.executable, "-c", SLEEP]
     try:
         start_alone(num_cpus=2)
         assert late.alive() == [False] * late.times + [True]
-        assert bystander.poll() is None
+        assert before.poll() is None
+        assert all(each.poll() is None for each in late.bystanders)
     finally:
-        bystander.kill()
-        bystander.wait()
+        for each in (before, *late.bystanders):
+            each.kill()
+            each.wait()
 
 
 @pytest.mark.parametrize("late", [(STARTS,)], indirect=True)

@@ -35,7 +35,7 @@ SHORT = (
 @pytest.mark.integration
 def test_the_demo_in_short(run_arae: Callable[..., object], fashion_mnist: Path, tmp_path: Path) -> None:
     runs = Path(os.environ["ARAE_RUNS"])
-    done = run_arae("demo", *SHORT, timeout=500)
+    done = run_arae("demo", *SHORT)
     assert done.returncode == 0, done.stderr
     run = runs / "demo"
     records = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
@@ -99,7 +99,7 @@ def test_the_demo_on_a_folder_of_ones_own(run_arae: Callable[..., object], tmp_p
             (tmp_path / "mine" / name).mkdir(parents=True, exist_ok=True)
             Image.fromarray(image).save(tmp_path / "mine" / name / f"{i}.jpg")
     short = [*SHORT[1:], f"data.source={tmp_path / 'mine'}", "map.radii=[0,0.5]", "decoder.steps=4", "encoder.steps=4"]
-    done = run_arae("demo", "--workers", 0, *short, timeout=300)
+    done = run_arae("demo", "--workers", 0, *short)
     assert done.returncode == 0, done.stderr
     run = Path(os.environ["ARAE_RUNS"]) / "demo-images"
     assert (run / "report.html").is_file()

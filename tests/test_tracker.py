@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tracking
 from tracking import GENEROUS, PGD, T0, Notes, begin, client, epoch, history, interval, recipe, record, run_of, stage
+from waiting import PATIENCE_S
 
 from arae.errors import Stopped
 from arae.monitor.progress import Progress
@@ -300,7 +301,7 @@ def test_two_processes_make_one_store_at_the_same_time(tmp_path: Path, monkeypat
     started = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path), name], cwd=Path(__file__).parent) for name in names
     ]
-    assert [process.wait(120) for process in started] == [0, 0]
+    assert [process.wait(PATIENCE_S) for process in started] == [0, 0]
     parent = run_of(tmp_path, "demo").info
     for name in names:
         assert run_of(tmp_path, name).data.tags["mlflow.parentRunId"] == parent.run_id

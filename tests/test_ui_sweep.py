@@ -11,6 +11,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.wait import WebDriverWait
 from tracking import MARKS, PGD, Notes, interval, recipe, record, stage
+from waiting import PATIENCE_S
 
 from arae.records import Model
 from arae.runs import RunFolder
@@ -77,7 +78,7 @@ def find(browser: Chrome, css: str) -> WebElement:
     def shown(_: Chrome) -> WebElement | None:
         return next((each for each in browser.find_elements(By.CSS_SELECTOR, css) if each.is_displayed()), None)
 
-    return WebDriverWait(browser, 60).until(shown, f"{css} is not on the page")
+    return WebDriverWait(browser, PATIENCE_S).until(shown, f"{css} is not on the page")
 
 
 def test_the_trials_of_a_sweep_are_compared_by_radius_and_psnr(tmp_path: Path) -> None:
@@ -104,7 +105,7 @@ def test_the_trials_of_a_sweep_are_compared_by_radius_and_psnr(tmp_path: Path) -
         metrics = browser.find_element(By.XPATH, "//div[text()='Metrics:']/following-sibling::div")
         metrics.click()
         metrics.find_element(By.CSS_SELECTOR, "input").send_keys("psnr", Keys.ENTER, Keys.ESCAPE)
-        drawn = WebDriverWait(browser, 60).until(
+        drawn = WebDriverWait(browser, PATIENCE_S).until(
             lambda _: (axes := browser.execute_script(AXES)) and PSNR in axes and axes
         )
         keep(browser, tmp_path, "sweep-compared.png")

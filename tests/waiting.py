@@ -23,10 +23,14 @@ def until(
     pipes.
     """
     end = time.monotonic() + PATIENCE_S
-    while not (answer := true()):
-        if process is not None and process.poll() is not None:
-            words = said.read_text() if said else process.communicate()
-            raise AssertionError(f"it ended with {process.returncode} before {what}: {words}")
-        assert time.monotonic() < end, f"no {what} in {PATIENCE_S:g} s: {said.read_text() if said else ''}"
+    while True:
+        ended = process is not None and process.poll() is not None  # before the question: its last words may answer it
+        if answer := true():
+            return answer
+        if ended:
+            assert process is not None
+            pipes = () if said else process.communicate(timeout=30)
+            words = said.read_text() if said else "\n".join(str(each) for each in pipes if each)
+            raise AssertionError(f"it ended with {process.returncode} before {what}:\n{words}")
+        assert time.monotonic() < end, f"no {what} in {PATIENCE_S:g} s:\n{said.read_text() if said else ''}"
         time.sleep(pause)
-    return answer

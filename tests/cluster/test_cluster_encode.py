@@ -97,20 +97,20 @@ def test_killed_workers_and_a_killed_driver_cost_only_the_shards_in_work(
 ) -> None:
     dest, parts = tmp_path / "x.beton", tmp_path / "x.beton.parts"
     first = start(pictures, dest, *OPTIONS, "--workers", 2)
-    until(lambda: len(finished(parts)) >= 2 and encoders(first.pid), "two shards by the first command", pause=0.02)
+    until(lambda: len(finished(parts)) >= 2 and encoders(first.pid), "two shards", first, pause=0.02)
     os.kill(encoders(first.pid)[0], signal.SIGKILL)
     before = finished(parts)
-    until(lambda: len(finished(parts)) >= len(before) + 4, "four more after a worker was killed", pause=0.02)
+    until(lambda: len(finished(parts)) >= len(before) + 4, "further four shards", first, pause=0.02)
     assert first.poll() is None
     assert not dest.exists()
     first.kill()
     first.wait(PATIENCE_S)
 
     second = start(pictures, dest, *OPTIONS, "--workers", 2)
-    until(lambda: encoders(second.pid), "the second command's workers", pause=0.02)
+    until(lambda: encoders(second.pid), "worker of the second command", second, pause=0.02)
     kept = finished(parts)
     assert len(kept) >= len(before) + 4
-    until(lambda: len(finished(parts)) > len(kept), "another shard", pause=0.02)
+    until(lambda: len(finished(parts)) > len(kept), "further shard", second, pause=0.02)
     second.send_signal(signal.SIGTERM)
     said = second.communicate(timeout=PATIENCE_S)[1]
     assert second.returncode == 75, said

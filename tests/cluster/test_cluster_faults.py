@@ -4,12 +4,14 @@ Each fault: what is said, how the command ends, and what is left behind. Machine
 """
 
 import os
+import re
 import secrets
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 from disks import on_a_small_disk
 from driving import ARAE, EVERY, STEPS, Run, end_of, last_words
 from training import weights
-from waiting import until
+from waiting import PATIENCE_S, until
 
 from arae.train.state import list_states, read_state
 
@@ -93,6 +95,8 @@ def test_workers_that_die_hang_fail_or_stand_still_are_replaced_and_cost_no_bit(
             until(lambda count=count: len(run.told("restart")) == count, "restart", process)
             restart = run.told("restart")[-1]
             assert said in restart["reason"]
+            if seconds := re.search(r"did not answer for (\d+) s", restart["reason"]):
+                assert 10 <= int(seconds[1]) < 150  # of --timeout 10, and not of the default's 600
             assert f"(pid {victim})" in restart["reason"]
             assert (restart["count"], restart["world_size"]) == (count, 2)
             reached = max(e["step"] for e in run.told("interval") if e["time"] < restart["time"])
@@ -126,11 +130,12 @@ def standing_still(run: Run, process: subprocess.Popen[str]) -> None:
     shows that it is there; the other waits for it in a collective until the time limit."""
     log, aside = run.folder.log, run.folder.path / "aside"
     until(lambda: run.at_step(48), "step 48", process)
-    before = run.workers()
+    before, begun = run.workers(), time.monotonic()
     os.mkfifo(run.folder.path / "pipe")
     log.rename(aside)
     (run.folder.path / "pipe").rename(log)
     until(lambda: not set(before) & set(run.workers()), "end of the workers", process)
+    assert time.monotonic() - begun < PATIENCE_S / 2  # of --timeout 10, and not of the default's 600
     log.unlink()
     aside.rename(log)
 

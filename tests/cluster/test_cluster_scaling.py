@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from training import tiny_recipe
+from waiting import PATIENCE_S
 
 from arae.config import dump_recipe
 from benchmarks.scaled import Scaling
@@ -25,7 +26,7 @@ def test_one_and_two_workers_are_measured_and_what_was_cut_short_goes_on(
 
     def measured(numbers: str, *more: str) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [*command, numbers, *more], cwd=repository, env=env, capture_output=True, text=True, timeout=280
+            [*command, numbers, *more], cwd=repository, env=env, capture_output=True, text=True, timeout=PATIENCE_S
         )
         assert done.returncode in (0, 1), done.stderr  # speeds depend on what else the machine does
         return done

@@ -125,7 +125,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
                 return cluster.ask("jobs/") == []
             return False
 
-        until(up, "the job server")
+        until(up, "answer of the job server")
         yield cluster
     finally:
         while left := marked(mark):  # SIGTERM would be answered with half a minute of draining
@@ -245,7 +245,7 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
     assert "first, which goes on" in error
     assert "Traceback" not in error
     with subprocess.Popen(command, **pipes) as client:
-        until(steps, "the training")
+        until(steps, "training")
         assert cluster.ask("jobs/first")["status"] == "RUNNING"
         assert cluster.ask("jobs/first/stop", "POST")["stopped"]
         out, error = client.communicate(timeout=PATIENCE_S)
@@ -258,7 +258,7 @@ def test_stopped_and_killed_jobs_go_on(cluster: Cluster, submit: Run, tmp_path: 
     before = steps()
     second = submit("--no-follow", "--grace", 0, "--name", "second", *train)
     assert second.returncode == 0, second.stderr
-    until(lambda: steps() > before, "the training to go on")
+    until(lambda: steps() > before, "step after the resumption")
     assert any(f"resumed the encoder at step {saved} " in event["text"] for event in events(folder, "note"))
     stopped = submit("--stop", "second")
     assert (stopped.returncode, stopped.stdout) == (0, "second: stopped\n"), stopped.stderr

@@ -193,9 +193,9 @@ def test_no_point_is_missing_after_an_outage(fault: str, server: Server, tmp_pat
     with (tmp_path / "out.txt").open("w") as out:
         training = subprocess.Popen(command, env=environment(tmp_path, server.uri), stdout=out, stderr=out)
     try:
-        until(reached(33), "step 33")
+        until(reached(33), "33 intervals")
         (server.stop if fault == "stopped" else server.hang)()
-        until(reached(67), "step 67")
+        until(reached(67), "67 intervals")
         waiting = len((run / PENDING).read_text().splitlines())
         if fault == "hung":
             server.resume()

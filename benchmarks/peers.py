@@ -88,17 +88,17 @@ def authors() -> ModuleType | None:
     found.alexnet = import_module("models.alexnet")  # type: ignore[attr-defined]
     found.loop = import_module("utils.train_utils")  # type: ignore[attr-defined]
     found.tools = import_module("utils.core_utils")  # type: ignore[attr-defined]
-    found.clone = _commit(place) == COMMIT  # type: ignore[attr-defined]
+    found.clone = commit_of(place) == COMMIT  # type: ignore[attr-defined]
     return found
 
 
-def _commit(place: Path) -> str:
+def commit_of(place: Path) -> str:
     """The commit that a folder is the checkout of, with nothing changed in it; or nothing."""
     if not (place / ".git").is_dir():  # git would look for a checkout further up
         return ""
     git = partial(subprocess.run, cwd=place, capture_output=True, text=True, check=False)
     changed = git(["git", "status", "--porcelain", "--untracked-files=no"]).stdout
-    return "" if changed else git(["git", "rev-parse", "HEAD"]).stdout.strip()
+    return "" if changed else git(["git", "rev-parse", "--verify", "-q", "HEAD"]).stdout.strip()
 
 
 def authors_step(

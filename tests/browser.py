@@ -15,7 +15,7 @@ import pytest
 from selenium.webdriver import Chrome, ChromeOptions
 from selenium.webdriver.chrome.service import Service
 from tracking import free_port
-from waiting import PATIENCE_S
+from waiting import PATIENCE_S, until
 
 FLAGS = (
     "--headless=new",
@@ -53,10 +53,10 @@ def text_of(browser: Chrome) -> str:
     return browser.execute_script("return document.body ? document.body.innerText : ''")
 
 
-def wait_for_texts(browser: Chrome, texts: list[str], seconds: float = PATIENCE_S) -> str:
+def wait_for_texts(browser: Chrome, texts: list[str]) -> str:
     """Wait until the page shows every one of the texts, and return all it shows."""
 
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + PATIENCE_S
     while missing := [text for text in texts if text not in (page := text_of(browser))]:
         assert time.monotonic() < deadline, f"{missing} not on the page:\n{page}"
         time.sleep(0.3)
@@ -70,9 +70,9 @@ def keep(browser: Chrome, folder: Path, name: str) -> None:
     assert browser.save_screenshot(str(place / name))
 
 
-def find_by_scrolling(browser: Chrome, texts: list[str], seconds: float = PATIENCE_S) -> None:
+def find_by_scrolling(browser: Chrome, texts: list[str]) -> None:
     """Wait until each text has been on the page, scrolling all that scrolls: of a long table only a part is there."""
-    seen, deadline = "", time.monotonic() + seconds
+    seen, deadline = "", time.monotonic() + PATIENCE_S
     while missing := [text for text in texts if text not in seen]:
         assert time.monotonic() < deadline, f"not on the page: {missing}"
         seen += text_of(browser)
@@ -110,15 +110,14 @@ def served(root: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 def wait_until_up(server: subprocess.Popen[str], url: str) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while True:
-        assert server.poll() is None, server.stderr and server.stderr.read()
-        assert time.monotonic() < deadline
+    def answers() -> bool:
         try:
             with urlopen(url, timeout=5):
-                return
+                return True
         except (URLError, OSError):
-            time.sleep(0.3)
+            return False
+
+    until(answers, f"answer of {url}", server, pause=0.3)
 
 
 def wait_until_down(uri: str) -> None:

@@ -10,7 +10,7 @@ from statistics import median
 import pytest
 import torch
 
-from benchmarks import halving, harness
+from benchmarks import halving, harness, peers
 from benchmarks.__main__ import APART, BENCHMARKS, chosen
 from benchmarks.harness import Result, Seconds, interleaved, ratios, section, with_tables
 
@@ -183,3 +183,20 @@ def test_early_stopping_finds_the_front_for_less() -> None:
     for pair in kept.pairs:
         assert pair.full.finished == len(pair.full.points) == 24
         assert pair.halved.finished == len(pair.halved.points) < 24
+
+
+def test_a_peer_is_the_clone_at_its_commit_or_is_told_not_to_be(tmp_path: Path, repository: Path) -> None:
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        return subprocess.run(["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
+    (tmp_path / "a.py").write_text("1\n")
+    assert peers.commit_of(tmp_path) == ""  # also below another checkout
+    git("init", "-q")
+    assert peers.commit_of(tmp_path) == ""
+    git("add", "a.py")
+    git("commit", "-qm", "a")
+    assert peers.commit_of(tmp_path) == git("rev-parse", "HEAD").strip()
+    (tmp_path / "a.py").write_text("2\n")
+    assert peers.commit_of(tmp_path) == ""
+    assert f"checkout -q {peers.COMMIT}" in (repository / "Makefile").read_text()

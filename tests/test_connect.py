@@ -74,4 +74,3 @@ def test_another_error_is_handed_on(late: Late) -> None:
     with pytest.raises(Exception, match="no such option"):
         start_alone(num_cpus=2)
     assert len(late.started) == 1
-    late.started[0].kill()

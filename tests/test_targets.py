@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import harness, targets, time_to_robust
+from benchmarks import harness, peers, targets, time_to_robust
 from benchmarks.harness import Comparison, Result
 from benchmarks.targets import TARGETS, Target, limit, step_over, table, with_targets
 from benchmarks.time_to_robust import RECIPES, Record, Run, behind, quickest
@@ -115,5 +115,7 @@ def test_a_step_is_judged_in_the_precision_that_the_processor_is_good_at(
     (tmp_path / "x.json").write_text(made.model_dump_json())
     monkeypatch.setattr(targets, "RESULTS", tmp_path)
     assert step_over("a", "x", 2.4, "peer").row() == shown
+    (tmp_path / "x.json").write_text(made.model_copy(update={"notes": (peers.COPY,)}).model_dump_json())
+    assert ", beside a copy of its code | " in step_over("a", "x", 2.4, "peer").row()
     assert step_over("a", "x", 2.4, "nobody").row() == "| a | ≥ 2.4 | not measured yet | - | - | `x` |"
     assert step_over("a", "y", 2.4, "peer").row() == "| a | ≥ 2.4 | not measured yet | - | - | `y` |"

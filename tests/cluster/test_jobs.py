@@ -143,7 +143,7 @@ def submit(cluster: Cluster, run_arae: Run) -> Run:
     """`arae submit` as a client that may use the cluster."""
 
     def run(*words: object, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-        return run_arae("submit", *words, env={**cluster.env, **(env or {})}, timeout=PATIENCE_S)
+        return run_arae("submit", *words, env={**cluster.env, **(env or {})})
 
     return run
 

@@ -78,10 +78,10 @@ def arae(cwd: Path, env: dict[str, str], *args: object) -> subprocess.Popen[str]
     return subprocess.Popen(command, cwd=cwd, env=whole, text=True, stdout=-1, stderr=-1, start_new_session=True)
 
 
-def ended(process: subprocess.Popen[str], code: int, timeout: float = PATIENCE_S) -> str:
+def ended(process: subprocess.Popen[str], code: int) -> str:
     """What it said; it must end with this code."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        out, err = process.communicate(timeout=PATIENCE_S)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
